@@ -1,0 +1,1 @@
+"""Boxes, detail, trees and patches: no learning, no files."""

@@ -1,0 +1,1 @@
+"""Files: they know boxes, not tokens."""
