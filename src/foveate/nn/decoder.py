@@ -1,0 +1,255 @@
+"""Tokens to samples, at a cost that follows the tokens: a linear head per leaf, and a pyramid of convolutions over leaves.
+
+Legend: T leaves of a pack, n leaves of a chunk, P samples per side of a patch, p at a stage of the pyramid, S = p^N,
+R = T * S rows, C channels of a stage, D token width, K classes, N dimensions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from foveate.errors import ConfigError, ShapeError
+from foveate.geometry.leaves import Leaves
+from foveate.geometry.patches import Patches
+from foveate.nn.halo import HaloConv, HaloMaps, by_chunks
+
+MAX_RANK = 128  # of a skip from tokens to samples: D x C x p^N weights would dwarf the encoder in 3-D
+
+
+class LinearDecoder(nn.Module):
+    """Logits of every leaf from its own token: the cheapest head, blind to the neighbours.
+
+    Args:
+        num_dims: N, 2 or 3.
+        in_chans: Channels of the patches; unused, every decoder takes the same settings.
+        num_classes: K.
+        width: D of the tokens.
+        patch_size: P.
+        num_hidden: How many hidden states the encoder hands over; only the deepest is read.
+        channels: Unused, as ``in_chans``.
+
+    Source: APF (arXiv 2404.09707) decodes the strip of tokens with a dense head. **Differs**: one linear map per leaf,
+    trained on soft labels of the same leaf, so that nothing is ever painted to the image grid.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_dims: int,
+        in_chans: int,
+        num_classes: int,
+        width: int,
+        patch_size: int,
+        num_hidden: int,
+        channels: int,
+    ) -> None:
+        super().__init__()
+        _check_settings(num_dims, num_classes, patch_size, num_hidden, channels)
+        self.num_dims, self.num_classes, self.patch_size = num_dims, num_classes, patch_size
+        self.num_hidden = num_hidden
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes * patch_size**num_dims)
+
+    def forward(self, hidden: tuple[Float[Tensor, "T D"], ...], patches: Patches) -> Float[Tensor, "T K *P"]:
+        """Logits of every sample, packed as ``patches.pixels``."""
+        _check_hidden(hidden, patches, self.num_hidden, self.patch_size)
+        logits: Tensor = self.head(self.norm(hidden[-1]))
+        return logits.view(-1, self.num_classes, *(self.patch_size,) * self.num_dims)
+
+
+class TokenDecoder(nn.Module):
+    """Multi-scale decoding inside the leaves: from one sample per leaf to P^N, neighbours talking at every step.
+
+    The shape of a UNETR, without its image: features start as one sample per leaf (the deepest hidden state), double
+    their resolution inside the leaf step by step, take a skip from an earlier hidden state at each (the raw pixels at
+    full resolution), and pass a residual convolution that reads the adjoining samples of the neighbouring leaves,
+    whatever their size. Each stage knows the physical size of its leaves through a zero-initialised modulation.
+
+    Args:
+        num_dims: N, 2 or 3.
+        in_chans: Channels of the patches.
+        num_classes: K.
+        width: D of the tokens.
+        patch_size: P, a power of two.
+        num_hidden: Hidden states handed over, shallow to deep, >= 1. The deepest starts the pyramid; the i-th before it
+            joins at 2^i samples per side; those beyond the last stage below P join there.
+        channels: C at full resolution; doubles with every halving, up to ``width``.
+
+    Cost: per sample about 2 * 3^N * C^2 FLOPs at full resolution and as much or less again at each coarser stage; memory
+    without gradient is one C-channel map of the samples plus half of it. Image size does not enter.
+
+    Source: UNETR (arXiv 2103.10504, section 3.1). **Differs**: no dense grid; normalisation per sample over channels
+    (batch-invariant) instead of instance norm; sub-pixel linear maps instead of stacks of transposed convolutions.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_dims: int,
+        in_chans: int,
+        num_classes: int,
+        width: int,
+        patch_size: int,
+        num_hidden: int,
+        channels: int = 16,
+    ) -> None:
+        super().__init__()
+        _check_settings(num_dims, num_classes, patch_size, num_hidden, channels)
+        if patch_size & (patch_size - 1):
+            raise ConfigError(
+                f"patch_size={patch_size}: the token decoder doubles resolution from 1 to patch_size, which must be a "
+                f"power of two; use {2 ** (patch_size.bit_length() - 1)} or decoder='linear'"
+            )
+        self.num_dims, self.num_classes, self.patch_size = num_dims, num_classes, patch_size
+        self.num_hidden = num_hidden
+        sides = [2**i for i in range(patch_size.bit_length())]
+        stage_of = [min(depth, max(len(sides) - 2, 0)) for depth in range(num_hidden)]
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(num_hidden))
+        self.skips = nn.ModuleList()  # deepest first
+        stages: list[_Stage] = []
+        for step, side in enumerate(sides):
+            chans = min(channels * patch_size // side, width)
+            below = stages[-1].channels if stages else None
+            stages.append(_Stage(num_dims, chans, side, below, in_chans if side == patch_size else None))
+            self.skips.extend(_token_skip(width, chans * side**num_dims) for at in stage_of if at == step)
+        self.stages = nn.ModuleList(stages)
+        self._stage_of = tuple(stage_of)
+        self.head = nn.Linear(stages[-1].channels, num_classes)
+
+    def forward(
+        self,
+        hidden: tuple[Float[Tensor, "T D"], ...],
+        patches: Patches,
+        maps: HaloMaps | None = None,
+    ) -> Float[Tensor, "T K *P"]:
+        """Logits of every sample, packed as ``patches.pixels``.
+
+        Args:
+            hidden: Features of the patch tokens after the chosen blocks, shallow to deep.
+            patches: What the tokens were made of.
+            maps: Neighbour tables of these leaves from an earlier call; made here when missing.
+        """
+        _check_hidden(hidden, patches, self.num_hidden, self.patch_size)
+        device = patches.pixels.device
+        maps = HaloMaps(patches.leaves, device) if maps is None else maps
+        scale_TN = _log_scale(patches.leaves, self.patch_size).to(device)
+        x_RC: Tensor | None = None
+        for step, stage in enumerate(self.stages):
+            skips = [
+                (hidden[-1 - depth], nn.Sequential(self.norms[depth], self.skips[depth]))
+                for depth, at in enumerate(self._stage_of)
+                if at == step
+            ]
+            last = step == len(self.stages) - 1
+            x_RC = stage(x_RC, skips, patches.pixels if last else None, scale_TN, maps, self.head if last else None)
+        assert x_RC is not None
+        grid = x_RC.view(len(scale_TN), *(self.patch_size,) * self.num_dims, self.num_classes)
+        return grid.movedim(-1, 1).contiguous()
+
+
+class _Stage(nn.Module):
+    """One resolution: double the stage below, add the skips, convolve across the leaves."""
+
+    def __init__(self, num_dims: int, channels: int, side: int, below: int | None, in_chans: int | None) -> None:
+        super().__init__()
+        self.num_dims, self.channels, self.side = num_dims, channels, side
+        self.up = nn.Linear(below, channels * 2**num_dims) if below is not None else None
+        self.stem = _HaloBlock(num_dims, in_chans, channels) if in_chans is not None else None
+        self.block = _HaloBlock(num_dims, channels, channels)
+
+    def forward(
+        self,
+        below_RC: Tensor | None,
+        skips: list[tuple[Tensor, nn.Module]],
+        pixels: Tensor | None,
+        scale_TN: Tensor,
+        maps: HaloMaps,
+        head: nn.Module | None,
+    ) -> Tensor:
+        num_leaves, samples = len(scale_TN), self.side**self.num_dims
+        index_TH = maps.at(self.side)
+        pixel_rows = None if pixels is None else pixels.movedim(1, -1).reshape(-1, pixels.shape[1])
+
+        def merge(start: int, stop: int) -> Tensor:
+            parts = [project(x_TD[start:stop]).view(-1, self.channels) for x_TD, project in skips]
+            if self.up is not None and below_RC is not None:
+                rows = slice(start * samples >> self.num_dims, stop * samples >> self.num_dims)
+                parts.append(_double(self.up(below_RC[rows]), self.side // 2, self.num_dims))
+            if self.stem is not None and pixel_rows is not None:
+                parts.append(self.stem(pixel_rows, index_TH[start:stop], scale_TN[start:stop]))
+            return torch.stack(parts).sum(0) if len(parts) > 2 else sum(parts[1:], parts[0])
+
+        x_RC = by_chunks(merge, num_leaves, samples, self.channels)
+
+        def refine(start: int, stop: int) -> Tensor:
+            own_RC = x_RC[start * samples : stop * samples]
+            out_RC: Tensor = own_RC + self.block(x_RC, index_TH[start:stop], scale_TN[start:stop])
+            return out_RC if head is None else head(out_RC)
+
+        return by_chunks(refine, num_leaves, samples, self.channels)
+
+
+class _HaloBlock(nn.Module):
+    """Halo convolution, norm over channels, modulation by the size of the leaf, GELU."""
+
+    def __init__(self, num_dims: int, in_chans: int, out_chans: int) -> None:
+        super().__init__()
+        self.conv = HaloConv(num_dims, in_chans, out_chans)
+        self.norm = nn.LayerNorm(out_chans)
+        self.size = nn.Sequential(nn.Linear(num_dims, 16), nn.GELU(), nn.Linear(16, 2 * out_chans))
+        nn.init.zeros_(self.size[2].weight)  # a fresh decoder treats all sizes alike
+        nn.init.zeros_(self.size[2].bias)
+
+    def forward(self, x_RC: Tensor, index_TH: Tensor, scale_TN: Tensor) -> Tensor:
+        y_RC = self.norm(self.conv(x_RC, index_TH))
+        gain_T1C, shift_T1C = self.size(scale_TN)[:, None].chunk(2, dim=-1)
+        y_TSC = y_RC.view(len(index_TH), -1, y_RC.shape[1])
+        return functional.gelu(torch.addcmul(shift_T1C, y_TSC, 1 + gain_T1C)).view_as(y_RC)
+
+
+def _token_skip(width: int, out: int) -> nn.Module:
+    """Token to all samples of its leaf, through at most ``MAX_RANK`` numbers."""
+    if min(width, out) <= MAX_RANK:
+        return nn.Linear(width, out)
+    return nn.Sequential(nn.Linear(width, MAX_RANK, bias=False), nn.Linear(MAX_RANK, out))
+
+
+def _double(x_RC: Tensor, side: int, num_dims: int) -> Tensor:
+    """Rows of ``side``^N samples with 2^N * C channels (sub-sample first) to rows of (2 side)^N samples with C."""
+    grid = x_RC.view(-1, *(side,) * num_dims, *(2,) * num_dims, x_RC.shape[1] >> num_dims)
+    pairs = [axis for i in range(num_dims) for axis in (1 + i, 1 + num_dims + i)]
+    return grid.permute(0, *pairs, 1 + 2 * num_dims).reshape(-1, x_RC.shape[1] >> num_dims)
+
+
+def _log_scale(leaves: Sequence[Leaves], patch_size: int) -> Tensor:
+    """log2 of pixels per sample and axis: 0 where a leaf is stored at its own resolution."""
+    return (torch.cat([one.size for one in leaves]).to(torch.float32) / patch_size).log2()
+
+
+def _check_settings(num_dims: int, num_classes: int, patch_size: int, num_hidden: int, channels: int) -> None:
+    if num_dims not in (2, 3):
+        raise ConfigError(f"num_dims={num_dims}: leaves are 2-D or 3-D; pass 2 or 3")
+    settings = {"num_classes": num_classes, "patch_size": patch_size, "num_hidden": num_hidden, "channels": channels}
+    for name, value in settings.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value}: a decoder needs at least 1; pass {name} >= 1")
+
+
+def _check_hidden(hidden: tuple[Tensor, ...], patches: Patches, num_hidden: int, patch_size: int) -> None:
+    if len(hidden) != num_hidden:
+        raise ShapeError(
+            f"{len(hidden)} hidden states: the decoder was built for {num_hidden}; give the encoder as many out_blocks"
+        )
+    if patches.pixels.shape[-1] != patch_size:
+        raise ShapeError(
+            f"patches of {patches.pixels.shape[-1]} samples per side: the decoder was built for {patch_size}; "
+            f"call patchify with patch_size={patch_size}"
+        )
+    if any(len(x_TD) != len(patches.pixels) for x_TD in hidden):
+        raise ShapeError(
+            f"hidden states of {[len(x_TD) for x_TD in hidden]} tokens for {len(patches.pixels)} patches: "
+            f"drop the prefix tokens first"
+        )
