@@ -70,7 +70,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> FitConfig:
         key, equals, value = option.removeprefix("--").partition("=")
         if not equals or not key:
             raise ConfigError(f"{option} has no value: write {key or 'NAME'}=VALUE")
-        given = _merge(given, _nested(key, value))
+        given = _merge(given, _nested(key, _value(value)))
     return config_from_dict(given)
 
 
@@ -132,6 +132,18 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         merged[key] = _merge(old, value) if both and isinstance(old, Mapping) else value
     return merged
+
+
+def _value(text: str) -> Any:
+    """A list as YAML reads it; everything else stays text until its setting's type is known (``#ff0000``, ``02``)."""
+    import yaml
+
+    if not text.startswith("["):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _fields(kind: type) -> dict[str, Any]:

@@ -1,0 +1,290 @@
+"""Files to samples: decode, shrink, normalise, vary, cut, patchify - each item drawn only from (seed, epoch, index).
+
+Legend: T tokens of the batch, L tokens of one image, K classes, P samples per side, C channels, S image sides.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Shaped, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from foveate.errors import ConfigError, FormatError
+from foveate.geometry.patches import Patches, pack, patchify, patchify_mask
+from foveate.tasks.augment import augment, random_window
+from foveate.tasks.cut import cut
+from foveate.tasks.items import Item
+from foveate.tasks.resize import limited_shape, shrink_image, shrink_labels
+from foveate.tasks.settings import DataConfig, FitConfig
+
+IGNORE = 255
+"""Label of pixels that neither the loss nor a score looks at."""
+
+NumpyArray = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image, cut, with its soft labels.
+
+    Args:
+        patches: the image's tokens.
+        soft: share of each class in every sample of every token, background first; sums to 1 over K.
+        weight: labelled image pixels that each sample stands for.
+        name: the image's name, for reports.
+    """
+
+    patches: Patches
+    soft: Float[Tensor, "L K *P"]
+    weight: Float[Tensor, "L *P"]
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples packed one after another, without padding.
+
+    Args:
+        patches: tokens of all images.
+        soft: as in :class:`Sample`, for all tokens.
+        weight: as in :class:`Sample`, for all tokens.
+        names: one name per image.
+    """
+
+    patches: Patches
+    soft: Float[Tensor, "T K *P"]
+    weight: Float[Tensor, "T *P"]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return Batch(self.patches.to(device), self.soft.to(device), self.weight.to(device), self.names)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Pack samples into one batch; no token is padded, dropped or repeated."""
+    return Batch(
+        pack([sample.patches for sample in samples]),
+        torch.cat([sample.soft for sample in samples]),
+        torch.cat([sample.weight for sample in samples]),
+        tuple(sample.name for sample in samples),
+    )
+
+
+class SegmentationData(Dataset[Sample]):
+    """Images with masks as samples, reproducible item by item.
+
+    What ``self[i]`` returns depends on the files, the settings and (seed, epoch, i) alone: not on the order of the
+    calls, on the number of worker processes, or on any global random state. Variation happens before the cut, so the
+    tree is always that of the image the model sees.
+
+    Args:
+        items: the images of one split.
+        config: settings of the run.
+        patch_size: samples per side of a token.
+        train: vary and crop the images as the settings say; otherwise every image whole and as it is.
+
+    Raises:
+        ConfigError: there are no items.
+    """
+
+    def __init__(self, items: Sequence[Item], config: FitConfig, patch_size: int, *, train: bool) -> None:
+        if not items:
+            kind = "training" if train else "validation"
+            raise ConfigError(f"0 {kind} images: check data.root, data.images and data.split")
+        self.items = tuple(items)
+        self.config = config
+        self.patch_size = patch_size
+        self.train = train
+        self.epoch = 0
+        self._cache = ByteCache(config.data.cache_bytes)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the variations that follow; call it before the workers of that epoch start."""
+        self.epoch = epoch
+
+    def load(self, i: int) -> tuple[Float32[Tensor, "C *S"], UInt8[Tensor, "*S"] | None]:
+        """Image ``i`` at full resolution, normalised and unvaried, with its labels where it has a mask.
+
+        Raises:
+            FormatError: a file is unreadable, or image and mask differ in size.
+        """
+        image, labels, low_high = self._decoded(i, None)
+        return normalise(image, low_high, self.config.data), None if labels is None else torch.from_numpy(labels)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample ``i`` of the current epoch.
+
+        Raises:
+            FormatError: a file is unreadable, has no mask, or image and mask differ in size.
+        """
+        data = self.config.data
+        array, labels_array, low_high = self._decoded(i, data.max_side)
+        if labels_array is None:
+            raise FormatError(f"{self.items[i].image} has no mask: give one, or leave the image out of training")
+        image, labels = normalise(array, low_high, data), torch.from_numpy(labels_array)
+        if self.train:
+            seed = np.random.SeedSequence([self.config.train.seed, self.epoch, i])
+            generator = np.random.default_rng(seed)
+            if data.window is not None:
+                image, labels = random_window(image, labels, data.window, generator)
+            image, labels = augment(image, labels, self.config.train.strength, generator)
+        return make_sample(image, labels, self.config, self.patch_size, self.items[i].name)
+
+    def _decoded(self, i: int, max_side: int | None) -> tuple[NumpyArray, NumpyArray | None, tuple[float, ...]]:
+        found: tuple[NumpyArray, NumpyArray | None, tuple[float, ...]] | None = self._cache.get((i, max_side))
+        if found is None:
+            image, labels = read_item(self.items[i], self.config.data)
+            low_high = value_range(image, self.config.data)
+            shape = limited_shape(image.shape[1:], max_side)
+            image = shrink_image(image, shape)
+            labels = None if labels is None else shrink_labels(labels, shape)
+            found = (image, labels, low_high)
+            self._cache.put((i, max_side), found, image.nbytes + (0 if labels is None else labels.nbytes))
+        return found
+
+
+def make_sample(
+    image: Float32[Tensor, "C *S"], labels: UInt8[Tensor, "*S"], config: FitConfig, patch_size: int, name: str
+) -> Sample:
+    """Cut one normalised image and its labels with the same tree.
+
+    Args:
+        image: normalised image.
+        labels: class per pixel, 255 where unknown.
+        config: settings of the run.
+        patch_size: samples per side of a token.
+        name: the image's name.
+    """
+    leaves = cut(image, config.tree, patch_size, config.data.spacing)
+    soft, weight = patchify_mask(labels, leaves, patch_size, config.data.num_classes)
+    return Sample(patchify(image, leaves, patch_size), soft, weight, name)
+
+
+def read_item(item: Item, data: DataConfig) -> tuple[NumpyArray, NumpyArray | None]:
+    """Decode one image and, where there is one, its mask.
+
+    Returns:
+        The image ``[data.channels, *S]`` in its file's own type, and labels ``[*S]`` uint8 or ``None``.
+
+    Raises:
+        FormatError: a file is unreadable, holds values no class names, or the two differ in size.
+    """
+    from foveate.io.image import read_image
+    from foveate.io.masks import read_mask
+
+    image = with_channels(read_image(item.image, max_pixels=data.max_pixels), data.channels, str(item.image))
+    if item.mask is None:
+        return image, None
+    labels = read_mask(item.mask, class_table(data), max_pixels=data.max_pixels)
+    if labels.shape != image.shape[1:]:
+        raise FormatError(
+            f"{item.mask} is {_by(labels.shape)} pixels but {item.image} is {_by(image.shape[1:])}: "
+            "give a mask of the image's size"
+        )
+    return image, labels
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(str(side) for side in shape)
+
+
+def class_table(data: DataConfig) -> Any:
+    """The declared classes as the table that reads masks."""
+    from foveate.io.masks import ClassTable
+
+    return ClassTable(data.classes)
+
+
+def with_channels(image: Shaped[NumpyArray, "c *S"], channels: int, name: str) -> Shaped[NumpyArray, "C *S"]:
+    """The image with the number of channels the model sees: grey repeated, or channels averaged to grey.
+
+    Raises:
+        FormatError: neither is possible.
+    """
+    have = image.shape[0]
+    if have == channels:
+        return image
+    if have == 1:
+        return np.broadcast_to(image, (channels, *image.shape[1:])).copy()
+    if channels == 1:
+        mean: NumpyArray = image.mean(axis=0, dtype=np.float32, keepdims=True)
+        return mean if np.issubdtype(image.dtype, np.floating) else mean.round().astype(image.dtype)
+    raise FormatError(f"{name} has {have} channels but data.channels={channels}: set data.channels={have} or 1")
+
+
+def value_range(image: Shaped[NumpyArray, "C *S"], data: DataConfig) -> tuple[float, float, float]:
+    """Zero, low and high of the value scale of an image, from at most about 2^20 of its pixels.
+
+    ``image``: median and percentiles 1 and 99 over all channels together, so that colours keep their relation; where
+    these coincide, as on a sparse image, the extremes. Otherwise zero, zero and the largest value of the data type.
+    """
+    if data.normalise != "image":
+        high = float(np.iinfo(image.dtype).max) if np.issubdtype(image.dtype, np.integer) else 1.0
+        return (0.0, 0.0, high)
+    step = max(1, round((image[0].size / 2**20) ** (1 / (image.ndim - 1))))
+    some = image[(slice(None), *(slice(None, None, step) for _ in image.shape[1:]))].astype(np.float32)
+    low, middle, high = (float(value) for value in np.percentile(some, (1, 50, 99)))
+    if high <= low:
+        low, high = float(image.min()), float(image.max())
+    return (middle, low, high)
+
+
+def normalise(image: Shaped[NumpyArray, "C *S"], scale: tuple[float, ...], data: DataConfig) -> Float32[Tensor, "C *S"]:
+    """Pixel values as the model sees them.
+
+    ``image``: median at 0 and the robust range of length 1, limited to -5..5 so that one hot pixel cannot rule; a
+    constant image is all 0. ``range``: 0..1. ``fixed``: ``range``, then the declared mean and deviation.
+    """
+    zero, low, high = scale
+    spread = high - low
+    values = torch.from_numpy(image.astype(np.float32))
+    if data.normalise == "image":
+        return values.sub_(zero).div_(spread).clamp_(-5, 5) if spread > 0 else torch.zeros_like(values)
+    values = values.div_(spread)
+    if data.normalise == "fixed":
+        assert data.mean is not None
+        assert data.std is not None
+        sides = (1,) * (values.ndim - 1)
+        values = values.sub_(torch.tensor(data.mean).view(-1, *sides)).div_(torch.tensor(data.std).view(-1, *sides))
+    return values
+
+
+class ByteCache:
+    """The most recently used values, as many as fit into a number of bytes.
+
+    Args:
+        limit: bytes; 0 keeps nothing.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._values: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: Any) -> Any:
+        """The value, now the most recent; ``None`` when it is not kept."""
+        if key not in self._values:
+            return None
+        self._values.move_to_end(key)
+        return self._values[key][0]
+
+    def put(self, key: Any, value: Any, num_bytes: int) -> None:
+        """Keep a value; the least recently used ones leave until it fits, and it is not kept if it never would."""
+        if num_bytes > self.limit:
+            return
+        self.used += num_bytes - self._values.pop(key, (None, 0))[1]
+        self._values[key] = (value, num_bytes)
+        while self.used > self.limit:
+            self.used -= self._values.popitem(last=False)[1][1]
