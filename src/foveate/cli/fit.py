@@ -1,0 +1,22 @@
+"""``foveate fit CONFIG.yaml``: train a segmenter."""
+
+from pathlib import Path
+
+from foveate.cli.parser import VerbParser, say
+
+
+def run(words: list[str]) -> int:
+    """Train as the file says; any value can be changed as ``--section.key=value``."""
+    parser = VerbParser("fit", "Train a segmenter. Any value of the file can be changed as --section.key=value.")
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="what to train on, and how")
+    parser.add_argument("--resume", action="store_true", help="continue from the run folder's last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace what the run folder holds")
+    args, overrides = parser.parse_with_overrides(words)
+
+    from foveate.tasks.config import load_config
+    from foveate.tasks.segmentation import fit
+
+    config = load_config(args.config, overrides)
+    result = fit(config, resume=args.resume, overwrite=args.overwrite)
+    say(str(result))
+    return 0

@@ -1,0 +1,86 @@
+"""An argparse parser whose mistakes are one-line errors that name the closest flag."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from foveate.errors import ConfigError
+
+
+class VerbParser(argparse.ArgumentParser):
+    """Parser of one verb; raises ``ConfigError`` where argparse would print its usage and leave."""
+
+    def __init__(self, verb: str, description: str) -> None:
+        super().__init__(prog=f"foveate {verb}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Turn argparse's complaint into the library's one-line error."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse all words; an unknown one is an error that names the closest flag."""
+        args, overrides = self.parse_with_overrides(words)
+        if overrides:
+            self.refuse(f"--{overrides[0]}")
+        return args
+
+    def parse_with_overrides(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parse the known words and return the ``--section.key=value`` ones, in order, as ``section.key=value``."""
+        for word in words:  # before argparse complains that the misspelled flag is missing
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and "." not in flag and flag not in self._option_string_actions:
+                self.refuse(word)
+        args, unknown = self.parse_known_args(list(words))
+        overrides: list[str] = []
+        rest = iter(unknown)
+        for word in rest:
+            name, equals, value = word.partition("=")
+            if not name.startswith("--") or "." not in name:
+                self.refuse(word)
+            if not equals:
+                value = next(rest, "")
+                if not value or value.startswith("--"):
+                    raise ConfigError(f"{name} has no value; write {name}=VALUE")
+            overrides.append(f"{name[2:]}={value}")
+        return args, overrides
+
+    def refuse(self, word: str) -> NoReturn:
+        """Raise the error about a word that the verb does not know."""
+        flag = word.split("=")[0]
+        if not flag.startswith("-"):
+            raise ConfigError(f"unexpected argument {word!r}; see {self.prog} --help")
+        hint = closest(flag, self._option_string_actions)
+        raise ConfigError(f"unknown flag {flag!r}{hint}; see {self.prog} --help")
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """``", did you mean --out?"`` when one of the known words is near, else nothing."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {matches[0]}?" if matches else ""
+
+
+def say(text: str) -> None:
+    """Write a line of a verb's answer to standard output."""
+    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """``"4096x4096"`` or ``"128x128x96"`` as a spatial shape.
+
+    Raises:
+        ConfigError: not two or three positive whole numbers joined by x.
+    """
+    parts = text.lower().replace(",", "x").split("x")
+    if not all(part.isdigit() and int(part) > 0 for part in parts) or len(parts) not in (2, 3):
+        raise ConfigError(f"{text!r} is neither a file nor a shape; give a path, or a shape such as 4096x4096")
+    return tuple(int(part) for part in parts)
+
+
+def count(text: str) -> int:
+    """A whole number as an argument; its limits are checked where it is used."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None

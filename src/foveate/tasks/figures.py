@@ -1,0 +1,266 @@
+"""Pictures of images, leaves, masks and training: colour-blind-safe (Okabe-Ito), dark on white, exact to the pixel.
+
+All pictures are uint8 arrays ``[H, W, 3]``. Volumes are shown as one plane of their first axis.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer, Shaped, UInt8
+from numpy.typing import NDArray
+
+from foveate.errors import ShapeError
+from foveate.geometry.leaves import Leaves
+
+ORANGE, SKY, GREEN = (230, 159, 0), (86, 180, 233), (0, 158, 115)
+YELLOW, BLUE, VERMILLION, PURPLE = (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)
+CLASS_COLOURS = (ORANGE, SKY, GREEN, YELLOW, PURPLE, BLUE, VERMILLION)
+HIT, FALSE_ALARM, MISS = GREEN, VERMILLION, SKY
+IGNORE = 255
+
+Picture = UInt8[np.ndarray, "_ _ 3"]
+Colour = tuple[int, int, int]
+
+
+def to_rgb(image: Shaped[np.ndarray, "C *S"], *, plane: int | None = None) -> Picture:
+    """Turn any image into 8-bit RGB for looking at.
+
+    Args:
+        image: any numeric type; uint8 is kept, other types are stretched between their 0.5 and 99.5 percentiles.
+        plane: which plane of a volume; the middle one by default.
+
+    Raises:
+        ShapeError: not ``[C, H, W]`` or ``[C, D, H, W]``.
+    """
+    if image.ndim not in (3, 4):
+        raise ShapeError(
+            f"a picture of an array of shape {image.shape} is not possible; give [C, H, W] or [C, D, H, W]"
+        )
+    flat = image if image.ndim == 3 else image[:, image.shape[1] // 2 if plane is None else plane]
+    flat = flat[:3] if flat.shape[0] >= 3 else flat[:1]
+    if flat.dtype == np.bool_:
+        flat = flat.astype(np.uint8) * np.uint8(255)
+    if flat.dtype != np.uint8:
+        low, high = np.percentile(flat[:, ::4, ::4].astype(np.float64), (0.5, 99.5))
+        scaled = (flat.astype(np.float32) - low) * (255 / max(high - low, 1e-12))
+        flat = np.clip(scaled + 0.5, 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(np.moveaxis(flat, 0, -1), (*flat.shape[1:], 3)))
+
+
+def resized(picture: Picture, height: int, width: int, *, labels: bool = False) -> Picture:
+    """Bring a picture to a size: area mean when it shrinks, nearest for ``labels`` and when it grows."""
+    from PIL import Image
+
+    if picture.shape[:2] == (height, width):
+        return picture
+    grows = height >= picture.shape[0] and width >= picture.shape[1]
+    method = Image.Resampling.NEAREST if labels or grows else Image.Resampling.BOX
+    return np.asarray(Image.fromarray(picture).resize((width, height), method))
+
+
+def fit_side(shape: Sequence[int], side: int) -> tuple[int, int]:
+    """Height and width with the longest side ``side`` and the aspect of ``shape``."""
+    longest = max(shape)
+    return max(1, round(shape[0] * side / longest)), max(1, round(shape[1] * side / longest))
+
+
+def leaf_overlay(
+    image: Shaped[np.ndarray, "C *S"],
+    leaves: Leaves,
+    *,
+    side: int | None = None,
+    colour: Colour = YELLOW,
+    alpha: float = 0.75,
+    plane: int | None = None,
+) -> Picture:
+    """Draw the outline of every leaf on the image.
+
+    Args:
+        image: the image that was cut.
+        leaves: its leaves; of a volume, those that the shown plane cuts.
+        side: longest side of the picture in pixels; by default the image's own, between 512 and 2048.
+        colour: of the lines, which are one pixel wide at any size.
+        alpha: how much of the line covers the image, in [0, 1].
+        plane: which plane of a volume; the middle one by default.
+
+    Cost: O(L + pixels of the picture).
+    """
+    base = to_rgb(image, plane=plane)
+    height, width = fit_side(base.shape, side or min(max(max(base.shape[:2]), 512), 2048))
+    boxes = leaves.boxes.cpu().numpy()
+    if leaves.num_dims == 3:
+        at = leaves.shape[0] // 2 if plane is None else plane
+        boxes = boxes[(boxes[:, 0, 0] <= at) & (at < boxes[:, 1, 0])][:, :, 1:]
+    scale = np.array([height / base.shape[0], width / base.shape[1]])
+    corner = np.rint(boxes * scale).astype(np.int64)
+    corner = np.minimum(corner, [height - 1, width - 1])
+    lines = np.zeros((height, width), np.bool_)
+    for (top, left), (bottom, right) in corner:
+        lines[top, left : right + 1] = True
+        lines[top : bottom + 1, left] = True
+    lines[-1] = lines[:, -1] = True
+    return painted(resized(base, height, width), lines, colour, alpha)
+
+
+def painted(picture: Picture, where: NDArray[np.bool_], colour: Colour, alpha: float = 1.0) -> Picture:
+    """A copy of the picture with ``colour`` laid over the pixels where ``where`` is true."""
+    out = picture.copy()
+    out[where] = (out[where] * (1 - alpha) + np.array(colour) * alpha + 0.5).astype(np.uint8)
+    return out
+
+
+def outline(region: NDArray[np.bool_], width: int = 1) -> NDArray[np.bool_]:
+    """Pixels of the region that touch its outside, ``width`` deep."""
+    inside = region
+    for _ in range(width):
+        padded = np.pad(inside, 1, mode="edge")
+        inside = inside & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return region & ~inside
+
+
+def label_overlay(picture: Picture, labels: Integer[np.ndarray, "H W"], *, alpha: float = 0.6) -> Picture:
+    """Colour every class but the background over a greyed picture; the outline is solid, ignored pixels are dark."""
+    out = _greyed(picture)
+    for value in range(1, int(labels.max(initial=0, where=labels != IGNORE)) + 1):
+        region = labels == value
+        colour = CLASS_COLOURS[(value - 1) % len(CLASS_COLOURS)]
+        out = painted(painted(out, region, colour, alpha), outline(region), colour)
+    return painted(out, labels == IGNORE, (30, 30, 30), 0.8)
+
+
+def contour_overlay(
+    picture: Picture, prediction: Integer[np.ndarray, "H W"], truth: Integer[np.ndarray, "H W"], *, width: int = 2
+) -> Picture:
+    """Outline the truth in sky blue and the prediction in orange, any class but the background."""
+    known = truth != IGNORE
+    out = painted(picture, outline((truth > 0) & known, width), SKY)
+    return painted(out, outline((prediction > 0) & known, width), ORANGE, 0.8)
+
+
+def error_map(picture: Picture, prediction: Integer[np.ndarray, "H W"], truth: Integer[np.ndarray, "H W"]) -> Picture:
+    """Colour what was found (green), invented or taken for another class (vermillion), and missed (sky blue)."""
+    known = truth != IGNORE
+    out = painted(_greyed(picture), (truth > 0) & (prediction == truth), HIT, 0.75)
+    out = painted(out, known & (prediction > 0) & (prediction != truth), FALSE_ALARM, 0.9)
+    return painted(out, known & (truth > 0) & (prediction == 0), MISS, 0.9)
+
+
+def _greyed(picture: Picture) -> Picture:
+    grey = picture.mean(axis=-1, keepdims=True) * 0.8 + 30
+    return np.repeat(grey.astype(np.uint8), 3, axis=-1)
+
+
+def busiest_window(labels: Integer[np.ndarray, "H W"], side: int) -> tuple[slice, slice]:
+    """The square window with the longest outlines in it: the place worth a magnified look."""
+    region = (labels > 0) & (labels != IGNORE)
+    edges = outline(region).astype(np.int64)
+    side = min(side, *labels.shape)
+    total = np.pad(edges.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    inside = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
+    top, left = np.unravel_index(int(inside.argmax()), inside.shape)
+    return slice(int(top), int(top) + side), slice(int(left), int(left) + side)
+
+
+def panel(rows: Sequence[Sequence[Picture]], titles: Sequence[str], *, side: int = 480, note: str = "") -> Picture:
+    """Put pictures side by side on white, with a title over every column and a note below.
+
+    Args:
+        rows: rows of equally many pictures; each is brought to ``side`` pixels.
+        titles: one per column; a line break starts a smaller second line.
+        side: longest side of one picture in the panel, in pixels.
+        note: small text under the pictures.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    if any(len(row) != len(titles) for row in rows):
+        raise ShapeError(f"rows of {[len(row) for row in rows]} pictures do not match {len(titles)} titles")
+    gap, head, foot = max(6, side // 48), round(side * 0.15), round(side * 0.085) if note else 0
+    large, small = ImageFont.load_default(side // 18), ImageFont.load_default(side // 24)
+    heights = [max(fit_side(picture.shape, side)[0] for picture in row) for row in rows]
+    canvas = Image.new(
+        "RGB", (gap + len(titles) * (side + gap), head + sum(h + gap for h in heights) + foot), (255, 255, 255)
+    )
+    draw = ImageDraw.Draw(canvas)
+    for column, title in enumerate(titles):
+        first, _, second = title.partition("\n")
+        left = gap + column * (side + gap)
+        draw.text((left, head * 0.12), first, fill=(20, 20, 20), font=large)
+        draw.text((left, head * 0.58), second, fill=(90, 90, 90), font=small)
+    top = head
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row):
+            cell = resized(picture, *fit_side(picture.shape, side))
+            canvas.paste(Image.fromarray(cell), (gap + column * (side + gap), top))
+        top += height + gap
+    if note:
+        draw.text((gap, top), note, fill=(90, 90, 90), font=small)
+    return np.asarray(canvas)
+
+
+def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, width: int = 1600) -> Picture:
+    """Plot loss and validation Dice over training minutes (steps where no time was recorded), one colour per run.
+
+    Args:
+        runs: name of each run and its records, such as the lines of ``metrics.jsonl``.
+        width: of the picture in pixels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    dpi = 160
+    figure = Figure(figsize=(width / dpi, width / dpi * 0.34), dpi=dpi, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    timed = all("seconds" in record for records in runs.values() for record in records)
+    for axis, kind in zip(axes, ("loss", "dice"), strict=True):
+        for index, (name, records) in enumerate(runs.items()):
+            colour = [value / 255 for value in (BLUE, VERMILLION, GREEN, PURPLE, ORANGE)[index % 5]]
+            x, y = _series(records, kind, timed)
+            axis.plot(x, y, color=colour, linewidth=1.8, marker="o" if len(x) < 12 else None, markersize=4, label=name)
+        axis.set_xlabel("training minutes" if timed else "step")
+        axis.set_title("training loss" if kind == "loss" else "validation Dice", loc="left", fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="0.9", linewidth=0.8)
+        axis.set_axisbelow(True)
+        if len(runs) > 1:
+            axis.legend(frameon=False)
+    axes[1].set_ylim(0, 1.02)
+    canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def _series(records: Sequence[Mapping[str, Any]], kind: str, timed: bool) -> tuple[list[float], list[float]]:
+    """The finite values of one kind over time, thinned to at most a few hundred means."""
+    names = ("loss", "train_loss") if kind == "loss" else ("dice", "val_dice")
+    pairs: list[tuple[float, float]] = []
+    for place, record in enumerate(records):
+        value = next((record[name] for name in names if isinstance(record.get(name), int | float)), None)
+        if value is not None and np.isfinite(value):
+            x = record["seconds"] / 60 if timed else record.get("step", place)
+            pairs.append((float(x), float(value)))
+    group = max(1, len(pairs) // 200)
+    chunks = [pairs[i : i + group] for i in range(0, len(pairs), group)]
+    means = [np.mean(chunk, axis=0) for chunk in chunks]
+    return [float(mean[0]) for mean in means], [float(mean[1]) for mean in means]
+
+
+def save_picture(path: str | Path, picture: Picture) -> None:
+    """Write a picture as PNG, as a whole or not at all."""
+    from foveate.io.write import atomic_write
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(Path(path)) as file:
+        file.write(png_bytes(picture))
+
+
+def png_bytes(picture: Picture) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

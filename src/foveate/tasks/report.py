@@ -1,0 +1,111 @@
+"""One HTML page about a run: table, curves, best and worst cases, settings. It needs no other file and no network."""
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foveate.tasks.figures import Picture, png_bytes
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1240px;
+       margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
+p.lead { color: #444; margin-top: 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #1a1a1a; }
+figure { margin: 0 0 1.6rem; } figure img { max-width: 100%; height: auto; } figcaption { color: #444; }
+pre { background: #f5f5f5; padding: .8rem 1rem; overflow-x: auto; font-size: 13px; }
+div.wide { overflow-x: auto; }
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report shows; every text is escaped.
+
+    Args:
+        title: heading of the page.
+        lead: one or two sentences below it.
+        table: rows as column -> value, such as Dice, ceiling, tokens, seconds; None and NaN are shown as a dash.
+        figures: caption and picture, in order, such as the curves and the best and worst cases.
+        config: the resolved settings as text.
+        notes: what the reader has to know about the figures, one paragraph each.
+    """
+
+    title: str
+    lead: str = ""
+    table: Sequence[Mapping[str, Any]] = ()
+    figures: Sequence[tuple[str, Picture]] = ()
+    config: str = ""
+    notes: Sequence[str] = ()
+
+    def to_html(self) -> str:
+        """The page."""
+        parts = [f"<h1>{html.escape(self.title)}</h1>", f'<p class="lead">{html.escape(self.lead)}</p>']
+        if self.table:
+            parts.append(f'<div class="wide">{_html_table(self.table)}</div>')
+        parts += [f"<p>{html.escape(note)}</p>" for note in self.notes]
+        for caption, picture in self.figures:
+            data = base64.b64encode(png_bytes(picture)).decode("ascii")
+            text = html.escape(caption)
+            image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+            parts.append(f"<figure><figcaption>{text}</figcaption>{image}</figure>")
+        if self.config:
+            parts.append(f"<h2>Settings</h2><pre>{html.escape(self.config)}</pre>")
+        body = "\n".join(parts)
+        return (
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the page, as a whole or not at all."""
+        from foveate.io.write import atomic_write
+
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(Path(path)) as file:
+            file.write(self.to_html().encode())
+
+
+def format_cell(value: Any) -> str:
+    """A table value as text: three decimals for fractions, none for large numbers, a dash for what is not there."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table; the columns are those of the first row."""
+    columns = list(rows[0])
+    cells = [[format_cell(row.get(column)).replace("|", "\\|") for column in columns] for row in rows]
+    widths = [max(len(column), 3, *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
+    lines = [columns, *cells]
+    text = ["| " + " | ".join(_align(cell, w, i) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) + " |"
+            for line in lines]  # fmt: skip
+    rule = "|" + "|".join(":" + "-" * (w + 1) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([text[0], rule, *text[1:]]) + "\n"
+
+
+def _align(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column == 0 else cell.rjust(width)
+
+
+def _html_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(rows[0])
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    lines = [
+        "<tr>" + "".join(f"<td>{html.escape(format_cell(row.get(column)))}</td>" for column in columns) + "</tr>"
+        for row in rows
+    ]
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
