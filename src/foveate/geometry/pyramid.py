@@ -1,0 +1,138 @@
+"""Value pyramids: one array of cell values per scale, finest first, in which no parent is below its children.
+
+The grid of scale k has ``ceil(shape / sizes[k])`` cells; cell i of scale k holds the children ``i * ratio + {0, 1}`` of
+scale k - 1, those inside the image. Everything here is 3-D; a 2-D image is a volume of one slice.
+
+Legend: C channels, D H W pixels, K scales.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foveate.geometry import kernels_detail as kernels
+
+Sizes = tuple[tuple[int, ...], ...]
+Triple = tuple[int, int, int]
+Values = NDArray[np.float64]
+Backend = Literal["numba", "eager"]
+
+
+def triple(values: Sequence[int]) -> Triple:
+    """One value per axis, 2 or 3 axes, as three: a 2-D image has one slice."""
+    z, y, x = (1, *values) if len(values) == 2 else values
+    return int(z), int(y), int(x)
+
+
+def split_ratios(sizes: Sizes) -> NDArray[np.int64]:
+    """How many children a cell of scale k + 1 has along each axis, ``[K - 1, 3]``."""
+    ratios = [[b // a for a, b in zip(triple(low), triple(high), strict=True)] for low, high in pairwise(sizes)]
+    return np.array(ratios, np.int64).reshape(-1, 3)
+
+
+def grid_dims(shape: Sequence[int], sizes: Sizes) -> NDArray[np.int64]:
+    """Number of cells along each axis at every scale, ``[K, 3]``."""
+    return -(-np.array(triple(shape), np.int64) // np.array([triple(size) for size in sizes], np.int64))
+
+
+def fold(values: Values, ratio: Sequence[int], how: Literal["sum", "max"] = "sum") -> Values:
+    """Combine the children of every cell of the next scale; ``ratio`` is 1 or 2 per axis."""
+    for axis, r in enumerate(ratio):
+        if int(r) == 1:
+            continue
+        first = (slice(None),) * axis
+        out = values[(*first, slice(0, None, 2))].copy()
+        odd = values[(*first, slice(1, None, 2))]
+        part = out[(*first, slice(0, odd.shape[axis]))]
+        (np.add if how == "sum" else np.maximum)(part, odd, out=part)
+        values = out
+    return values
+
+
+def additive(finest: Values, sizes: Sizes) -> list[Values]:
+    """The pyramid of an additive measure: a parent is the sum of its children."""
+    levels = [finest]
+    for ratio in split_ratios(sizes):
+        levels.append(fold(levels[-1], ratio))
+    return levels
+
+
+def monotone_hull(levels: Sequence[Values], sizes: Sizes) -> list[Values]:
+    """Raise every parent to the largest of its children, so that the order of splits is that of a greedy search."""
+    raised = [levels[0]]
+    for values, ratio in zip(levels[1:], split_ratios(sizes), strict=True):
+        raised.append(np.maximum(values, fold(raised[-1], ratio, "max")))
+    return raised
+
+
+def map_pyramid(
+    values_CDHW: NDArray[Any], shape: Sequence[int], sizes: Sizes, backend: Backend = "numba"
+) -> list[Values]:
+    """The additive pyramid of a map of pixels."""
+    finest = np.zeros(tuple(grid_dims(shape, sizes)[0]))
+    step = kernels.cell_sum if backend == "numba" else kernels.cell_sum_eager
+    step(values_CDHW, finest, triple(sizes[0]))
+    return additive(finest, sizes)
+
+
+def sample_sizes(sizes: Sizes, patch_size: Sequence[int]) -> list[Triple]:
+    """Pixels per token sample along each axis at every scale, never below 1.
+
+    Where the patch size does not divide the cells, the next coarser grid of samples that does is taken.
+    """
+    per_cell = []
+    for least, side in zip(triple(sizes[0]), triple(patch_size) if len(patch_size) == 2 else patch_size, strict=True):
+        if least >= side:
+            per_cell.append(max(d for d in range(1, side + 1) if least % d == 0))
+        else:
+            per_cell.append(least << ((side // least).bit_length() - 1))
+    cells = [triple(size) for size in sizes]
+    return [(max(1, z // per_cell[0]), max(1, y // per_cell[1]), max(1, x // per_cell[2])) for z, y, x in cells]
+
+
+def residual_pyramid(
+    image_CDHW: NDArray[Any], shape: Sequence[int], sizes: Sizes, patch_size: Sequence[int], backend: Backend = "numba"
+) -> list[Values]:
+    """Exact squared error of coding every cell by its area means, one mean per sample of a token.
+
+    The samples of a parent are the merged samples of its children, so its error is theirs plus that of merging: the
+    Haar energy of one more level. Cells whose samples are single pixels have none.
+    """
+    length, dims, ratios = triple(shape), grid_dims(shape, sizes), split_ratios(sizes)
+    extents = sample_sizes(sizes, patch_size)
+    state = _Merge(image_CDHW, length, backend)
+    levels: list[Values] = []
+    for k, (size, extent) in enumerate(zip(sizes, extents, strict=True)):
+        own = np.zeros(tuple(dims[k]))
+        touched = state.merge_to(extent, own, triple(size))
+        if k and extents[k - 1] != (1, 1, 1):
+            children = fold(levels[-1], ratios[k - 1])
+            own = own + children if touched else children
+        levels.append(own)
+    return levels
+
+
+class _Merge:
+    """The sums of the samples so far, and the way to coarser ones."""
+
+    def __init__(self, image_CDHW: NDArray[Any], length: Triple, backend: Backend) -> None:
+        self.sums, self.length, self.extent = image_CDHW, length, (1, 1, 1)
+        self.step = kernels.haar_step if backend == "numba" else kernels.haar_step_eager
+        self.fused = backend == "numba" and image_CDHW.dtype == np.uint8 and length[0] == 1
+
+    def merge_to(self, extent: Triple, energy: Values, cell: Triple) -> bool:
+        """Merge until samples have ``extent`` pixels; add the error of it to the grid of cells. True if any."""
+        touched = False
+        while self.extent != extent:
+            need = [b // a for a, b in zip(self.extent, extent, strict=True)]
+            ratio = triple([2 if n % 2 == 0 else n for n in need])
+            merged = triple([a * r for a, r in zip(self.extent, ratio, strict=True)])
+            block = triple([max(1, c // m) for c, m in zip(cell, merged, strict=True)])
+            dims = [-(-n // m) for n, m in zip(self.length, merged, strict=True)]
+            sums = np.empty((self.sums.shape[0], *dims))
+            self.step(self.sums, sums, energy, self.extent, self.length, ratio, (0, 0, 0), block)
+            self.sums, self.extent, touched = sums, merged, True
+        return touched
