@@ -133,17 +133,21 @@ class Leaves:
 
         Cost: O((Q + L) log L) time for the first call, O(Q log L) then.
         """
-        if len(self) == 0:
-            return torch.full(points.shape[:1], -1, dtype=torch.int64, device=points.device)
         pixel = (points.floor() if points.is_floating_point() else points).long()
         inside = ((pixel >= 0) & (pixel < self._extent)).all(dim=-1)
-        pixel = torch.minimum(pixel.clamp(min=0), self._extent - 1)
-        least = torch.tensor(self.min_size, dtype=torch.int64, device=self.device)
+        return torch.where(inside, self.cell_at(pixel), -1)
+
+    def cell_at(self, pixel: Int64[Tensor, "Q N"]) -> Int64[Tensor, " Q"]:
+        """Return the leaf whose full cell holds each pixel, also past the image border; -1 where there is none."""
+        if len(self) == 0:
+            return torch.full(pixel.shape[:1], -1, dtype=torch.int64, device=pixel.device)
+        least, most = torch.tensor((self.sizes[0], self.sizes[-1]), dtype=torch.int64, device=self.device)
         codes, order = self._codes
-        slot = torch.searchsorted(codes, cell_code(pixel // least, self.shape, self.sizes), right=True) - 1
+        near = torch.minimum(pixel.clamp(min=0), -(-self._extent // most) * most - 1)
+        slot = torch.searchsorted(codes, cell_code(near // least, self.shape, self.sizes), right=True) - 1
         leaf = order[slot.clamp(min=0)]
-        within = ((pixel >= self.start[leaf]) & (pixel < self.stop[leaf])).all(dim=-1)
-        return torch.where(inside & within & (slot >= 0), leaf, -1)
+        start = self.start[leaf]
+        return torch.where(((pixel >= start) & (pixel < start + self.size[leaf])).all(dim=-1), leaf, -1)
 
     def covers(self) -> bool:
         """Say whether the leaves are disjoint and together hold every pixel of the image."""

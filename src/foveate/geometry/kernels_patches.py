@@ -1,0 +1,242 @@
+"""The hot loops of patches and painting (numba), written once for 3-D; a 2-D image is a volume of one plane.
+
+Every loop is exact in integers where the pixels are integers: a sample's weight in a pixel is the length they share
+in units of 1/P (area) or 1/2P (linear) of a pixel. The eager twins lie beside the callers; tests prove them equal.
+
+Legend: L leaves, C channels, K classes, P patch_size; shapes are (..., z, y, x); ``taps`` are the pixels of a sample
+along one axis.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def area_gather(
+    image: Array, start: Array, stop: Array, ratio: Array, which: Array, row: Array, out: Array
+) -> None:  # pragma: no cover - compiled
+    """Write the area means of leaves whose size is a whole multiple of P; border samples count valid pixels only.
+
+    ``row`` is scratch of the longest leaf, in the type in which sums are exact. Samples wholly outside the image
+    repeat the last valid one.
+    """
+    pz, py = out.shape[2], out.shape[3]
+    for n in range(which.shape[0]):
+        leaf = which[n]
+        z0, y0, x0 = start[leaf, 0], start[leaf, 1], start[leaf, 2]
+        z1, y1, x1 = stop[leaf, 0], stop[leaf, 1], stop[leaf, 2]
+        rz, ry, rx = ratio[leaf, 0], ratio[leaf, 1], ratio[leaf, 2]
+        kz, ky, kx = (z1 - z0 + rz - 1) // rz, (y1 - y0 + ry - 1) // ry, (x1 - x0 + rx - 1) // rx
+        width = x1 - x0
+        for c in range(image.shape[0]):
+            for k in range(pz):
+                za, zb = z0 + k * rz, min(z0 + (k + 1) * rz, z1)
+                for i in range(py):
+                    if k >= kz or i >= ky:
+                        out[leaf, c, k, i, :] = out[leaf, c, min(k, kz - 1), min(i, ky - 1), :]
+                        continue
+                    ya, yb = y0 + i * ry, min(y0 + (i + 1) * ry, y1)
+                    row[:width] = 0
+                    for z in range(za, zb):
+                        for y in range(ya, yb):
+                            line = image[c, z, y, x0:x1]
+                            for x in range(width):
+                                row[x] += line[x]
+                    num = (zb - za) * (yb - ya)
+                    for j in range(kx):
+                        a, b = j * rx, min((j + 1) * rx, width)
+                        total = row[a]
+                        for x in range(a + 1, b):
+                            total += row[x]
+                        out[leaf, c, k, i, j] = total / (num * (b - a))
+                    out[leaf, c, k, i, kx:] = out[leaf, c, k, i, kx - 1]
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def taps_gather(
+    image: Array,
+    start: Array,
+    kind: Array,
+    which: Array,
+    first: Array,
+    count: Array,
+    weight: Array,
+    zero: Any,
+    out: Array,
+) -> None:  # pragma: no cover - compiled
+    """Write weighted means for any ratio of leaf size to P, up or down.
+
+    ``first``, ``count`` [3, U, P] and ``weight`` [3, U, P, taps] describe each kind of axis; ``kind`` [L, 3] says
+    which kind a leaf has; ``zero`` is a number of the type in which sums are exact.
+    """
+    pz, py, px = out.shape[2], out.shape[3], out.shape[4]
+    for n in range(which.shape[0]):
+        leaf = which[n]
+        z0, y0, x0 = start[leaf, 0], start[leaf, 1], start[leaf, 2]
+        uz, uy, ux = kind[leaf, 0], kind[leaf, 1], kind[leaf, 2]
+        for c in range(image.shape[0]):
+            for k in range(pz):
+                for i in range(py):
+                    for j in range(px):
+                        total, norm = zero, 0
+                        for dz in range(count[0, uz, k]):
+                            for dy in range(count[1, uy, i]):
+                                w_zy = weight[0, uz, k, dz] * weight[1, uy, i, dy]
+                                line = image[c, z0 + first[0, uz, k] + dz, y0 + first[1, uy, i] + dy]
+                                for dx in range(count[2, ux, j]):
+                                    w = w_zy * weight[2, ux, j, dx]
+                                    total += w * line[x0 + first[2, ux, j] + dx]
+                                    norm += w
+                        out[leaf, c, k, i, j] = total / norm
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def mask_gather(
+    mask: Array,
+    start: Array,
+    kind: Array,
+    first: Array,
+    count: Array,
+    weight: Array,
+    ignore: int,
+    soft: Array,
+    known: Array,
+) -> int:  # pragma: no cover - compiled
+    """Write the share of each class in each sample, and which part of the sample is labelled.
+
+    Returns -1, or the first label that is neither a class nor ``ignore``, less one when it is negative.
+    """
+    num_classes, pz, py, px = soft.shape[1:]
+    votes = np.zeros(num_classes, np.int64)
+    for leaf in range(start.shape[0]):
+        z0, y0, x0 = start[leaf, 0], start[leaf, 1], start[leaf, 2]
+        uz, uy, ux = kind[leaf, 0], kind[leaf, 1], kind[leaf, 2]
+        for k in range(pz):
+            for i in range(py):
+                for j in range(px):
+                    votes[:] = 0
+                    norm = 0
+                    for dz in range(count[0, uz, k]):
+                        for dy in range(count[1, uy, i]):
+                            w_zy = weight[0, uz, k, dz] * weight[1, uy, i, dy]
+                            line = mask[z0 + first[0, uz, k] + dz, y0 + first[1, uy, i] + dy]
+                            for dx in range(count[2, ux, j]):
+                                w = w_zy * weight[2, ux, j, dx]
+                                label = np.int64(line[x0 + first[2, ux, j] + dx])
+                                norm += w
+                                if 0 <= label < num_classes:
+                                    votes[label] += w
+                                elif label != ignore:
+                                    return label if label >= 0 else label - 1
+                    total = votes.sum()
+                    known[leaf, k, i, j] = total / norm
+                    for label in range(num_classes):
+                        soft[leaf, label, k, i, j] = votes[label] / total if total > 0 else 0.0
+    return -1
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def index_paint(
+    start: Array, size: Array, stop: Array, patch: Array, origin: Array, out: Array
+) -> None:  # pragma: no cover - compiled
+    """Write, for every pixel of a window, the flat index of the sample under its centre."""
+    pz, py, px = patch
+    for leaf in range(start.shape[0]):
+        za, zb = max(start[leaf, 0], origin[0]), min(stop[leaf, 0], origin[0] + out.shape[0])
+        ya, yb = max(start[leaf, 1], origin[1]), min(stop[leaf, 1], origin[1] + out.shape[1])
+        xa, xb = max(start[leaf, 2], origin[2]), min(stop[leaf, 2], origin[2] + out.shape[2])
+        if za >= zb or ya >= yb or xa >= xb:
+            continue
+        for z in range(za, zb):
+            k = (2 * (z - start[leaf, 0]) + 1) * pz // (2 * size[leaf, 0])
+            for y in range(ya, yb):
+                i = (2 * (y - start[leaf, 1]) + 1) * py // (2 * size[leaf, 1])
+                base = ((leaf * pz + k) * py + i) * px
+                line = out[z - origin[0], y - origin[1]]
+                for x in range(xa, xb):
+                    line[x - origin[2]] = base + (2 * (x - start[leaf, 2]) + 1) * px // (2 * size[leaf, 2])
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _find(
+    point: Array, codes: Array, order: Array, least: Array, bit_axis: Array, roots: Array
+) -> int:  # pragma: no cover - compiled
+    """Return the leaf whose run of codes starts at or before the code of the cell under a pixel, -1 off the grid."""
+    root = 0
+    code = 0
+    shift = np.zeros(3, np.int64)
+    cell = point // least
+    for bit in range(bit_axis.shape[0]):
+        axis = bit_axis[bit]
+        code |= ((cell[axis] >> shift[axis]) & 1) << bit
+        shift[axis] += 1
+    for axis in range(3):
+        place = cell[axis] >> shift[axis]
+        if point[axis] < 0 or place >= roots[axis]:
+            return -1
+        root = root * roots[axis] + place
+    slot = np.searchsorted(codes, code | (root << bit_axis.shape[0]), side="right") - 1
+    return order[slot] if slot >= 0 else -1
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def halo_gather(
+    start: Array,
+    size: Array,
+    which: Array,
+    patch: Array,
+    codes: Array,
+    order: Array,
+    least: Array,
+    bit_axis: Array,
+    roots: Array,
+    shape: Array,
+    repeat: bool,
+    out: Array,
+) -> None:  # pragma: no cover - compiled
+    """Write the flat sample index under every cell of each leaf's grid of samples, padded by one sample."""
+    rim = np.array([(out.shape[1 + axis] - patch[axis]) // 2 for axis in range(3)])
+    point, place, twice = np.zeros(3, np.int64), np.zeros(3, np.int64), np.zeros(3, np.int64)
+    for n in range(which.shape[0]):
+        leaf = which[n]
+        found = leaf
+        for k in range(out.shape[1]):
+            for i in range(out.shape[2]):
+                for j in range(out.shape[3]):
+                    place[0], place[1], place[2] = k - rim[0], i - rim[1], j - rim[2]
+                    inside = True
+                    for axis in range(3):
+                        # twice P times the distance of the sample's centre from the leaf's start, in pixels
+                        twice[axis] = (2 * place[axis] + 1) * size[leaf, axis]
+                        point[axis] = start[leaf, axis] + twice[axis] // (2 * patch[axis])
+                        inside &= 0 <= place[axis] < patch[axis]
+                        if repeat and not 0 <= point[axis] < shape[axis]:
+                            point[axis] = min(max(point[axis], 0), shape[axis] - 1)
+                            twice[axis] = (2 * (point[axis] - start[leaf, axis]) + 1) * patch[axis]
+                    if inside:
+                        found = leaf
+                    elif not _holds(found, point, start, size):
+                        found = _find(point, codes, order, least, bit_axis, roots)
+                    if not inside and not _holds(found, point, start, size):
+                        out[n, k, i, j] = -1
+                        continue
+                    flat = found
+                    for axis in range(3):
+                        offset = 2 * patch[axis] * (start[leaf, axis] - start[found, axis]) + twice[axis]
+                        flat = flat * patch[axis] + offset // (2 * size[found, axis])
+                    out[n, k, i, j] = flat
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _holds(leaf: int, point: Array, start: Array, size: Array) -> bool:  # pragma: no cover - compiled
+    if leaf < 0:
+        return False
+    for axis in range(3):
+        if point[axis] < start[leaf, axis] or point[axis] >= start[leaf, axis] + size[leaf, axis]:
+            return False
+    return True
