@@ -114,14 +114,18 @@ class SegmentationData(Dataset[Sample]):
         """Choose the variations that follow; call it before the workers of that epoch start."""
         self.epoch = epoch
 
-    def load(self, i: int) -> tuple[Float32[Tensor, "C *S"], UInt8[Tensor, "*S"] | None]:
-        """Image ``i`` at full resolution, normalised and unvaried, with its labels where it has a mask.
+    def load(self, i: int, *, shrunk: bool = False) -> tuple[Float32[Tensor, "C *S"], UInt8[Tensor, "*S"] | None]:
+        """Image ``i`` whole, normalised and unvaried, with its labels where it has a mask.
+
+        Args:
+            i: position in ``items``.
+            shrunk: at the size the model works on (``data.max_side``) instead of full resolution.
 
         Raises:
             FormatError: a file is unreadable, or image and mask differ in size.
         """
-        image, labels, low_high = self._decoded(i, None)
-        return normalise(image, low_high, self.config.data), None if labels is None else torch.from_numpy(labels)
+        image, labels, scale = self._decoded(i, self.config.data.max_side if shrunk else None)
+        return normalise(image, scale, self.config.data), None if labels is None else torch.from_numpy(labels)
 
     def __getitem__(self, i: int) -> Sample:
         """Sample ``i`` of the current epoch.
@@ -130,10 +134,10 @@ class SegmentationData(Dataset[Sample]):
             FormatError: a file is unreadable, has no mask, or image and mask differ in size.
         """
         data = self.config.data
-        array, labels_array, low_high = self._decoded(i, data.max_side)
+        array, labels_array, scale = self._decoded(i, data.max_side)
         if labels_array is None:
             raise FormatError(f"{self.items[i].image} has no mask: give one, or leave the image out of training")
-        image, labels = normalise(array, low_high, data), torch.from_numpy(labels_array)
+        image, labels = normalise(array, scale, data), torch.from_numpy(labels_array)
         if self.train:
             seed = np.random.SeedSequence([self.config.train.seed, self.epoch, i])
             generator = np.random.default_rng(seed)
@@ -146,11 +150,11 @@ class SegmentationData(Dataset[Sample]):
         found: tuple[NumpyArray, NumpyArray | None, tuple[float, ...]] | None = self._cache.get((i, max_side))
         if found is None:
             image, labels = read_item(self.items[i], self.config.data)
-            low_high = value_range(image, self.config.data)
+            scale = value_range(image, self.config.data)
             shape = limited_shape(image.shape[1:], max_side)
             image = shrink_image(image, shape)
             labels = None if labels is None else shrink_labels(labels, shape)
-            found = (image, labels, low_high)
+            found = (image, labels, scale)
             self._cache.put((i, max_side), found, image.nbytes + (0 if labels is None else labels.nbytes))
         return found
 
@@ -181,13 +185,10 @@ def read_item(item: Item, data: DataConfig) -> tuple[NumpyArray, NumpyArray | No
     Raises:
         FormatError: a file is unreadable, holds values no class names, or the two differ in size.
     """
-    from foveate.io.image import read_image
-    from foveate.io.masks import read_mask
-
-    image = with_channels(read_image(item.image, max_pixels=data.max_pixels), data.channels, str(item.image))
+    image = read_pixels(item, data)
     if item.mask is None:
         return image, None
-    labels = read_mask(item.mask, class_table(data), max_pixels=data.max_pixels)
+    labels = read_labels(item, data)
     if labels.shape != image.shape[1:]:
         raise FormatError(
             f"{item.mask} is {_by(labels.shape)} pixels but {item.image} is {_by(image.shape[1:])}: "
@@ -196,15 +197,31 @@ def read_item(item: Item, data: DataConfig) -> tuple[NumpyArray, NumpyArray | No
     return image, labels
 
 
+def read_pixels(item: Item, data: DataConfig) -> Shaped[NumpyArray, "C *S"]:
+    """The image of an item in its file's own type, with the number of channels the model sees.
+
+    Raises:
+        FormatError: the file is unreadable, or has channels that do not fit.
+    """
+    from foveate.io.image import read_image
+
+    return with_channels(read_image(item.image, max_pixels=data.max_pixels), data.channels, str(item.image))
+
+
+def read_labels(item: Item, data: DataConfig) -> UInt8[NumpyArray, "*S"]:
+    """The labels of an item, by the declared classes.
+
+    Raises:
+        FormatError: the file is unreadable, or holds values that no class names.
+    """
+    from foveate.io.masks import ClassTable, read_mask
+
+    assert item.mask is not None
+    return read_mask(item.mask, ClassTable(data.classes), max_pixels=data.max_pixels)
+
+
 def _by(shape: Sequence[int]) -> str:
     return " x ".join(str(side) for side in shape)
-
-
-def class_table(data: DataConfig) -> Any:
-    """The declared classes as the table that reads masks."""
-    from foveate.io.masks import ClassTable
-
-    return ClassTable(data.classes)
 
 
 def with_channels(image: Shaped[NumpyArray, "c *S"], channels: int, name: str) -> Shaped[NumpyArray, "C *S"]:

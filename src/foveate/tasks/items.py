@@ -95,14 +95,13 @@ def _deal(groups: Sequence[str], split: SplitConfig) -> dict[str, str]:
         return hashlib.sha256(f"{split.seed}/{group}".encode()).digest()
 
     order = sorted(groups, key=rank)
-    shares = {"test": split.test, "val": split.val}
+    shares = {"val": split.val, "test": split.test}
     counts = {name: round(share * len(order)) for name, share in shares.items()}
-    for name in ("val", "test"):
-        others = sum(counts.values()) - counts[name]
-        if shares[name] > 0 and counts[name] == 0 and len(order) - others >= 2:
-            counts[name] = 1
+    for place, name in enumerate((name for name in shares if shares[name] > 0), 2):
+        if len(order) >= place:  # the first group trains, the second validates, the third tests
+            counts[name] = max(counts[name], 1)
     while order and sum(counts.values()) >= len(order):
-        counts[max(counts, key=lambda name: counts[name])] -= 1
+        counts[max(counts, key=lambda name: (counts[name], name == "test"))] -= 1
     names = ["test"] * counts["test"] + ["val"] * counts["val"]
     names += ["train"] * (len(order) - len(names))
     return dict(zip(order, names, strict=True))
