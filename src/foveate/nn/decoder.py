@@ -1,4 +1,4 @@
-"""Tokens to samples, at a cost that follows the tokens: a linear head per leaf, and a pyramid of convolutions over leaves.
+"""Tokens to samples, at a cost that follows the tokens: a linear head per leaf, and a pyramid of leaf convolutions.
 
 Legend: T leaves of a pack, n leaves of a chunk, P samples per side of a patch, p at a stage of the pyramid, S = p^N,
 R = T * S rows, C channels of a stage, D token width, K classes, N dimensions.
@@ -78,8 +78,8 @@ class TokenDecoder(nn.Module):
             joins at 2^i samples per side; those beyond the last stage below P join there.
         channels: C at full resolution; doubles with every halving, up to ``width``.
 
-    Cost: per sample about 2 * 3^N * C^2 FLOPs at full resolution and as much or less again at each coarser stage; memory
-    without gradient is one C-channel map of the samples plus half of it. Image size does not enter.
+    Cost: per sample about 2 * 3^N * C^2 FLOPs at full resolution and as much or less again at each coarser stage;
+    memory without gradient is one C-channel map of the samples plus half of it. Image size does not enter.
 
     Source: UNETR (arXiv 2103.10504, section 3.1). **Differs**: no dense grid; normalisation per sample over channels
     (batch-invariant) instead of instance norm; sub-pixel linear maps instead of stacks of transposed convolutions.
@@ -199,13 +199,14 @@ class _HaloBlock(nn.Module):
         super().__init__()
         self.conv = HaloConv(num_dims, in_chans, out_chans)
         self.norm = nn.LayerNorm(out_chans)
-        self.size = nn.Sequential(nn.Linear(num_dims, 16), nn.GELU(), nn.Linear(16, 2 * out_chans))
-        nn.init.zeros_(self.size[2].weight)  # a fresh decoder treats all sizes alike
-        nn.init.zeros_(self.size[2].bias)
+        modulate = nn.Linear(16, 2 * out_chans)
+        nn.init.zeros_(modulate.weight)  # a fresh decoder treats all sizes alike
+        nn.init.zeros_(modulate.bias)
+        self.modulation = nn.Sequential(nn.Linear(num_dims, 16), nn.GELU(), modulate)
 
     def forward(self, x_RC: Tensor, index_TH: Tensor, scale_TN: Tensor) -> Tensor:
         y_RC = self.norm(self.conv(x_RC, index_TH))
-        gain_T1C, shift_T1C = self.size(scale_TN)[:, None].chunk(2, dim=-1)
+        gain_T1C, shift_T1C = self.modulation(scale_TN)[:, None].chunk(2, dim=-1)
         y_TSC = y_RC.view(len(index_TH), -1, y_RC.shape[1])
         return functional.gelu(torch.addcmul(shift_T1C, y_TSC, 1 + gain_T1C)).view_as(y_RC)
 

@@ -90,9 +90,9 @@ def halo_pad(x_RC: Float[Tensor, "R C"], index_TH: Int[Tensor, "n H"]) -> Float[
 class HaloConv(nn.Module):
     """A 3 x 3 (x 3) convolution over leaves of any size.
 
-    On a uniform grid it is exactly the zero-padded convolution of the dense image, in forward and backward; where sizes
-    differ, a leaf reads the neighbour's sample that lies under the centre of its own halo cell. The weight has the shape
-    of ``torch.nn.Conv2d`` / ``Conv3d``.
+    On a uniform grid it is exactly the zero-padded convolution of the dense image, in forward and backward; where
+    sizes differ, a leaf reads the neighbour's sample that lies under the centre of its own halo cell. The weight has
+    the shape of ``torch.nn.Conv2d`` / ``Conv3d``.
 
     Args:
         num_dims: 2 or 3.
@@ -123,7 +123,8 @@ class HaloConv(nn.Module):
         q = round(index_TH.shape[1] ** (1 / self.num_dims))
         if q**self.num_dims != index_TH.shape[1] or q < 3:
             raise ShapeError(
-                f"halo index of {index_TH.shape[1]} cells per leaf: it must be (p+2)^{self.num_dims}; use HaloMaps.at(p)"
+                f"halo index of {index_TH.shape[1]} cells per leaf: it must be (p+2)^{self.num_dims}; "
+                f"take it from HaloMaps.at(p)"
             )
         padded_nHC = halo_pad(x_RC, index_TH)
         num_out = self.weight.shape[0]

@@ -1,7 +1,7 @@
 """The dense reference decoder: UNETR's convolutions on the image grid, for comparison with decoding in token space.
 
-Legend: T leaves of a pack, L leaves of an image, P samples per side of a patch, G cells of the canvas, Q canvas samples,
-R = L * P^N rows, C channels, D token width, K classes, N dimensions.
+Legend: T leaves of a pack, L leaves of an image, P samples per side of a patch, G cells of the canvas, Q canvas
+samples, R = L * P^N rows, C channels, D token width, K classes, N dimensions.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ class DenseDecoder(nn.Module):
     """UNETR's decoder on a dense canvas: the reference, slow and memory hungry on purpose.
 
     The canvas has one cell of P^N samples for every smallest leaf size, so a uniform grid of P-pixel leaves gives the
-    image itself. Tokens are painted over the cells that their leaf covers and the picture is repainted from the patches;
-    logits are averaged back to the samples of the leaves. One image at a time.
+    image itself. Tokens are painted over the cells that their leaf covers and the picture is repainted from the
+    patches; logits are averaged back to the samples of the leaves. One image at a time.
 
     Args:
         num_dims: N, 2 or 3.
@@ -28,8 +28,8 @@ class DenseDecoder(nn.Module):
         num_classes: K.
         width: D of the tokens.
         patch_size: P, a power of two, >= 2.
-        num_hidden: Hidden states handed over, shallow to deep, >= 1. The deepest starts at one sample per cell, the i-th
-            before it joins at 2^i; the shallowest serves the stages that are left.
+        num_hidden: Hidden states handed over, shallow to deep, >= 1. The deepest starts at one sample per cell, the
+            i-th before it joins at 2^i; the shallowest serves the stages that are left.
         channels: Feature size at full resolution (16 in the paper).
 
     Raises:
