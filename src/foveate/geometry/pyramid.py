@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foveate.geometry import kernels_detail as kernels
+from foveate.geometry.kernels_fused import fused_merge
 
 Sizes = tuple[tuple[int, ...], ...]
 Triple = tuple[int, int, int]
@@ -94,25 +95,45 @@ def sample_sizes(sizes: Sizes, patch_size: Sequence[int]) -> list[Triple]:
 
 
 def residual_pyramid(
-    image_CDHW: NDArray[Any], shape: Sequence[int], sizes: Sizes, patch_size: Sequence[int], backend: Backend = "numba"
+    image_CDHW: NDArray[Any],
+    shape: Sequence[int],
+    sizes: Sizes,
+    patch_size: Sequence[int],
+    backend: Backend = "numba",
+    keep: dict[Triple, NDArray[Any]] | None = None,
 ) -> list[Values]:
     """Exact squared error of coding every cell by its area means, one mean per sample of a token.
 
     The samples of a parent are the merged samples of its children, so its error is theirs plus that of merging: the
-    Haar energy of one more level. Cells whose samples are single pixels have none.
+    Haar energy of one more level. Cells whose samples are single pixels have none. ``keep`` receives the sums of pixels
+    per sample, by the extent of the samples, as far as they are made whole.
     """
     length, dims, ratios = triple(shape), grid_dims(shape, sizes), split_ratios(sizes)
-    extents = sample_sizes(sizes, patch_size)
+    extents, cells = sample_sizes(sizes, patch_size), [triple(size) for size in sizes]
+    levels = [np.zeros(tuple(d)) for d in dims]
     state = _Merge(image_CDHW, length, backend)
-    levels: list[Values] = []
-    for k, (size, extent) in enumerate(zip(sizes, extents, strict=True)):
-        own = np.zeros(tuple(dims[k]))
-        touched = state.merge_to(extent, own, triple(size))
+    scales = _fusible(image_CDHW, extents, cells) if backend == "numba" else None
+    if scales:
+        energies, chosen = [levels[k] for k in scales], [cells[k] for k in scales]
+        state.take(_fuse(image_CDHW, energies, chosen, length), (1, 16, 16))
+    for k, extent in enumerate(extents):
+        if any(a > b for a, b in zip(extent, state.extent, strict=True)):
+            state.merge_to(extent, levels[k], cells[k])
+        if keep is not None and extent == state.extent:
+            keep[extent] = state.sums
         if k and extents[k - 1] != (1, 1, 1):
-            children = fold(levels[-1], ratios[k - 1])
-            own = own + children if touched else children
-        levels.append(own)
+            levels[k] += fold(levels[k - 1], ratios[k - 1])
     return levels
+
+
+def _fusible(image_CDHW: NDArray[Any], extents: Sequence[Triple], cells: Sequence[Triple]) -> list[int]:
+    """The scales that gain the error of the merges to 2, 4, 8, 16 pixels per sample, if one touch can make all four."""
+    plain = all(e[0] == 1 and e[1] == e[2] and e[1].bit_count() == 1 for e in extents)
+    if not plain or image_CDHW.dtype != np.uint8 or extents[-1][1] < 16 or min(image_CDHW.shape[2:]) < 64:
+        return []
+    scales = [next(k for k, extent in enumerate(extents) if extent[1] >= side) for side in (2, 4, 8, 16)]
+    even = all(cells[k][2] // side % 2 == 0 for k, side in zip(scales, (2, 4, 8, 16), strict=True))
+    return scales if even else []
 
 
 class _Merge:
@@ -121,18 +142,49 @@ class _Merge:
     def __init__(self, image_CDHW: NDArray[Any], length: Triple, backend: Backend) -> None:
         self.sums, self.length, self.extent = image_CDHW, length, (1, 1, 1)
         self.step = kernels.haar_step if backend == "numba" else kernels.haar_step_eager
-        self.fused = backend == "numba" and image_CDHW.dtype == np.uint8 and length[0] == 1
 
-    def merge_to(self, extent: Triple, energy: Values, cell: Triple) -> bool:
-        """Merge until samples have ``extent`` pixels; add the error of it to the grid of cells. True if any."""
-        touched = False
+    def merge_to(self, extent: Triple, energy: Values, cell: Triple) -> None:
+        """Merge until samples have ``extent`` pixels; add the error of it to the grid of cells."""
         while self.extent != extent:
             need = [b // a for a, b in zip(self.extent, extent, strict=True)]
             ratio = triple([2 if n % 2 == 0 else n for n in need])
             merged = triple([a * r for a, r in zip(self.extent, ratio, strict=True)])
-            block = triple([max(1, c // m) for c, m in zip(cell, merged, strict=True)])
             dims = [-(-n // m) for n, m in zip(self.length, merged, strict=True)]
             sums = np.empty((self.sums.shape[0], *dims))
-            self.step(self.sums, sums, energy, self.extent, self.length, ratio, (0, 0, 0), block)
-            self.sums, self.extent, touched = sums, merged, True
-        return touched
+            self.step(self.sums, sums, energy, self.extent, self.length, ratio, (0, 0, 0), _block(cell, merged))
+            self.sums, self.extent = sums, merged
+
+    def take(self, sums: NDArray[Any], extent: Triple) -> None:
+        """Go on from sums that were merged elsewhere."""
+        self.sums, self.extent = sums, extent
+
+
+def _block(cell: Triple, extent: Triple) -> Triple:
+    """Samples per cell."""
+    z, y, x = (max(1, c // e) for c, e in zip(cell, extent, strict=True))
+    return z, y, x
+
+
+def _fuse(
+    image_CDHW: NDArray[Any], energies: Sequence[Values], cells: Sequence[Triple], length: Triple
+) -> NDArray[np.float32]:
+    """The first four merges of a uint8 picture; returns the sums of 16 x 16 pixels, ``[C, 1, H / 16, W / 16]``."""
+    extents: list[Triple] = [(1, side, side) for side in (2, 4, 8, 16)]
+    blocks = np.array([_block(cell, extent)[1:] for cell, extent in zip(cells, extents, strict=True)])
+    dims = [-(-n // 16) for n in length[1:]]
+    sums = np.empty((image_CDHW.shape[0], 1, *dims), np.float32)
+    tall, wide = (n - n % 16 for n in length[1:])
+    fused_merge(image_CDHW[:, 0, :tall, :wide], sums[:, 0, : tall // 16, : wide // 16], tuple(e[0] for e in energies), blocks)
+    for top, left, bottom in ((0, wide, tall), (tall, 0, length[1])):  # what is left at the right, then below
+        part: NDArray[Any] = np.ascontiguousarray(image_CDHW[:, :, top:bottom, left:])
+        border = triple(part.shape[1:])
+        if 0 in border:
+            continue
+        for energy, cell, extent in zip(energies, cells, extents, strict=True):
+            merged = np.empty((part.shape[0], *(-(-n // e) for n, e in zip(border, extent, strict=True))))
+            origin = (0, top // extent[1], left // extent[2])
+            before = (1, extent[1] // 2, extent[2] // 2)
+            kernels.haar_step(part, merged, energy, before, border, (1, 2, 2), origin, _block(cell, extent))
+            part = merged
+        sums[:, :, top // 16 : -(-bottom // 16), left // 16 :] = part
+    return sums
