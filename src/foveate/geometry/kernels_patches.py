@@ -141,28 +141,6 @@ def mask_gather(
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def index_paint(
-    start: Array, size: Array, stop: Array, patch: Array, origin: Array, out: Array
-) -> None:  # pragma: no cover - compiled
-    """Write, for every pixel of a window, the flat index of the sample under its centre."""
-    pz, py, px = patch
-    for leaf in range(start.shape[0]):
-        za, zb = max(start[leaf, 0], origin[0]), min(stop[leaf, 0], origin[0] + out.shape[0])
-        ya, yb = max(start[leaf, 1], origin[1]), min(stop[leaf, 1], origin[1] + out.shape[1])
-        xa, xb = max(start[leaf, 2], origin[2]), min(stop[leaf, 2], origin[2] + out.shape[2])
-        if za >= zb or ya >= yb or xa >= xb:
-            continue
-        for z in range(za, zb):
-            k = (2 * (z - start[leaf, 0]) + 1) * pz // (2 * size[leaf, 0])
-            for y in range(ya, yb):
-                i = (2 * (y - start[leaf, 1]) + 1) * py // (2 * size[leaf, 1])
-                base = ((leaf * pz + k) * py + i) * px
-                line = out[z - origin[0], y - origin[1]]
-                for x in range(xa, xb):
-                    line[x - origin[2]] = base + (2 * (x - start[leaf, 2]) + 1) * px // (2 * size[leaf, 2])
-
-
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _find(
     point: Array, codes: Array, order: Array, least: Array, bit_axis: Array, roots: Array
 ) -> int:  # pragma: no cover - compiled

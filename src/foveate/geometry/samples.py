@@ -19,6 +19,7 @@ from torch import Tensor
 from foveate.errors import ShapeError
 from foveate.geometry import kernels_patches as kernels
 from foveate.geometry.boxes import check_box
+from foveate.geometry.kernels_paint import index_paint
 from foveate.geometry.leaves import Leaves
 
 Box = Sequence[Sequence[int]]
@@ -97,7 +98,7 @@ def sample_index(
     volume = index.numpy().reshape(as_volume(window, 1))
     first, last, size = cells_of(leaves)
     patch = as_volume((patch_size,) * leaves.num_dims, 1)
-    kernels.index_paint(first, size, last, patch, as_volume(start, 0), volume)
+    index_paint(first, size, last, patch, as_volume(start, 0), volume)
     return index.to(leaves.device)
 
 
