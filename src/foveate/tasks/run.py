@@ -168,10 +168,9 @@ class Metrics:
         self._sums: dict[str, float] = {}
         self._steps = self._tokens = 0
         if active and path.exists():
-            lines = [line for line in read_metrics(path) if keep is None or line["step"] <= keep]
-            aside = path.with_name(path.name + ".new")
-            aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            aside.replace(path)
+            from foveate.io.write import write_jsonl
+
+            write_jsonl(path, [line for line in read_metrics(path) if keep is None or line["step"] <= keep])
 
     def add(self, terms: Mapping[str, float], tokens: int) -> None:
         """Remember a step's loss terms until the next `flush`."""
@@ -193,22 +192,17 @@ class Metrics:
         """Append one line: kind (``train`` or ``val``), step, epoch, seconds of training, and the values."""
         if not self.active:
             return
+        from foveate.io.write import append_jsonl
+
         place = {"kind": kind, "step": position.step, "epoch": position.epoch, "seconds": round(position.seconds, 3)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(place | dict(values)) + "\n")
+        append_jsonl(self.path, place | dict(values))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Read the complete lines of ``metrics.jsonl``; a last line cut short by a kill is left out."""
-    lines: list[dict[str, Any]] = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
+    from foveate.io.write import read_jsonl
+
+    return [line for line in read_jsonl(path) if "step" in line]
 
 
 class Signals:

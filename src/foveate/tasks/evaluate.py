@@ -1,0 +1,180 @@
+"""Scores of a finished run in pixels at full resolution, with the ceiling of its trees beside every one of them."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from foveate.errors import ConfigError
+from foveate.tasks.config import FitConfig, load_config
+from foveate.tasks.data import SegmentationData
+from foveate.tasks.items import SPLITS, find_items, split_items
+from foveate.tasks.metrics import PixelMetrics, interval, mean_known
+from foveate.tasks.predict import Segmented, load_model, segment
+from foveate.tasks.run import CONFIG, find_model
+from foveate.tasks.segmentation import ceiling_row
+
+_MEASURES = ("dice", "iou", "hd95")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one split."""
+
+    run: Path
+    split: str
+    classes: tuple[str, ...]  # without background
+    rows: tuple[Mapping[str, Any], ...]  # per image: name, dice/iou/hd95/ceiling per class, tokens, seconds
+    summary: Mapping[str, Any]  # means with 95 % intervals, ceiling, tokens and seconds
+
+    @property
+    def dice(self) -> float:
+        """Mean Dice over images and classes."""
+        return float(self.summary["dice"]["mean"]["mean"])
+
+    @property
+    def ceiling(self) -> float:
+        """Mean Dice that the trees alone would allow."""
+        return float(self.summary["ceiling"]["mean"]["mean"])
+
+    @property
+    def tokens(self) -> float:
+        """Mean tokens per image."""
+        return float(self.summary["tokens"]["mean"])
+
+    @property
+    def seconds(self) -> float:
+        """Mean seconds per image, from the decoded image to its full-size mask."""
+        return float(self.summary["seconds"]["mean"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values; what is not a number is None."""
+        values = {
+            "run": str(self.run),
+            "split": self.split,
+            "classes": list(self.classes),
+            "summary": self.summary,
+            "images": list(self.rows),
+        }
+        plain = _without_nan(values)
+        assert isinstance(plain, dict)
+        return plain
+
+    def save(self, folder: Path) -> Path:
+        """Write ``<split>.json`` and ``<split>.txt`` into a folder, and return the first."""
+        from foveate.io.write import atomic_write
+
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = {"json": json.dumps(self.to_dict(), indent=1) + "\n", "txt": str(self) + "\n"}
+        for ending, text in texts.items():
+            with atomic_write(folder / f"{self.split}.{ending}") as file:
+                file.write(text.encode())
+        return folder / f"{self.split}.json"
+
+    def __str__(self) -> str:
+        unit = self.summary["hd95_unit"]
+        head = ["image", "class", "dice", "ceiling", "iou", f"hd95 {unit}", "tokens", "seconds"]
+        lines = [head]
+        for row in self.rows:
+            for name in self.classes:
+                values = [row["dice"][name], row["ceiling"][name], row["iou"][name]]
+                cells = [*(_fixed(value, 3) for value in values), _fixed(row["hd95"][name], 1)]
+                lines.append([row["name"], name, *cells, str(row["tokens"]), _fixed(row["seconds"], 2)])
+        for name in (*self.classes, *(["mean"] if len(self.classes) > 1 else [])):
+            cells = [_fixed(self.summary[key][name]["mean"], 3) for key in ("dice", "ceiling", "iou")]
+            cells += [_fixed(self.summary["hd95"][name]["mean"], 1), f"{self.tokens:.0f}", _fixed(self.seconds, 2)]
+            lines.append(["mean", name, *cells])
+        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([*rows, "", self._sentence()])
+
+    def _sentence(self) -> str:
+        dice, tokens = self.summary["dice"]["mean"], self.summary["tokens"]
+        spread = f" (95 % interval {dice['low']:.3f} to {dice['high']:.3f})" if dice["num"] > 1 else ""
+        return (
+            f"{self.run}, {len(self.rows)} {self.split} images: dice {_fixed(dice['mean'], 3)}{spread}, "
+            f"ceiling {_fixed(self.ceiling, 3)}, tokens {tokens['mean']:.0f} ({tokens['min']} to {tokens['max']}), "
+            f"{self.seconds:.2f} s per image"
+        )
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    split: str = "test",
+    data_root: str | None = None,
+    on_image: Callable[[str, Any, Any, Segmented], Any] | None = None,
+) -> Evaluation:
+    """Score the best model of a run on one split, and write ``evaluation/<split>.json`` and ``.txt`` beside it.
+
+    Nothing is chosen here: the threshold is the largest class, the checkpoint is the one that validation chose.
+
+    Args:
+        run: Run folder.
+        split: ``test``, ``val`` or ``train``.
+        data_root: Where the data is, when it has moved since training.
+        on_image: Called with the name, the normalised image, the labels and the result of each image, for figures.
+
+    Returns:
+        The scores; ``str()`` of them is a table.
+
+    Raises:
+        ConfigError: The split is unknown, empty, or has images without a mask.
+        FormatError: There is no trained model.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split={split!r} is none of {', '.join(SPLITS)}; choose one")
+    run = Path(run)
+    find_model(run)
+    model, config = load_model(run)
+    # the data may have moved since the checkpoint was written, so the run's own file has the last word on the root
+    root = data_root or (load_config(run / CONFIG).data.root if (run / CONFIG).is_file() else config.data.root)
+    config = replace(config, data=replace(config.data, root=root, cache=0))
+    items = split_items(find_items(config.data), config.data)[split]
+    bare = [item.name for item in items if item.mask is None]
+    if not items or bare:
+        what = f"image {bare[0]} without a mask" if bare else "0 images"
+        raise ConfigError(f"the {split} split has {what}; change data.split or data.masks, or choose another --split")
+    patch_size = model.config.patch_size
+    data = SegmentationData(items, config, patch_size, train=False)
+    metrics = PixelMetrics(config.data.class_names, config.data.spacing)
+    rows = []
+    for index, item in enumerate(items):
+        image, labels = data.load(index)
+        assert labels is not None
+        result = segment(model, image, config)
+        row = metrics.update(item.name, result.labels, labels)
+        reach = ceiling_row(item.name, labels, result.leaves, config, patch_size)["dice"]
+        rows.append({**row, "ceiling": reach, "tokens": len(result.leaves), "seconds": round(result.seconds, 4)})
+        if on_image is not None:
+            on_image(item.name, image, labels, result)
+    evaluation = Evaluation(run, split, config.data.class_names[1:], tuple(rows), _summary(metrics, rows, config))
+    evaluation.save(run / "evaluation")
+    return evaluation
+
+
+def _summary(metrics: PixelMetrics, rows: Sequence[Mapping[str, Any]], config: FitConfig) -> dict[str, Any]:
+    classes = config.data.class_names[1:]
+    ceiling = {name: interval([row["ceiling"][name] for row in rows]) for name in classes}
+    ceiling["mean"] = interval([mean_known(row["ceiling"]) for row in rows])
+    tokens = [row["tokens"] for row in rows]
+    return {
+        **metrics.summarise(),
+        "ceiling": ceiling,
+        "tokens": {"mean": sum(tokens) / len(tokens), "min": min(tokens), "max": max(tokens)},
+        "seconds": interval([row["seconds"] for row in rows]),
+    }
+
+
+def _fixed(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

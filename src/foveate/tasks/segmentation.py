@@ -1,0 +1,242 @@
+"""Segmentation as a task of the loop: the loss on leaves in training, scores in pixels at full resolution elsewhere."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from foveate.errors import ConfigError
+from foveate.geometry.patches import patchify_mask
+from foveate.tasks.checkpoint import find_checkpoint
+from foveate.tasks.config import FitConfig, save_config
+from foveate.tasks.data import Batch, Sample, SegmentationData, collate
+from foveate.tasks.items import find_items, split_items
+from foveate.tasks.loop import Loop, LoopResult
+from foveate.tasks.losses import leaf_loss
+from foveate.tasks.metrics import PixelMetrics, mean_known
+from foveate.tasks.predict import SETTINGS, paint, segment
+from foveate.tasks.resize import limited_shape, shrink_labels
+from foveate.tasks.run import CHECKPOINTS, open_run
+
+
+class SegmentationTask:
+    """A segmentation model with its data, as the loop wants it.
+
+    Args:
+        config: Settings of the run.
+        model: `SegmentationModel`, or any module with ``config.patch_size``, ``save_pretrained`` and the same call.
+        train: Training images, varied as the settings say.
+        val: Validation images, never varied; None where there are none, then the latest model is the best.
+    """
+
+    score = "dice"
+
+    def __init__(
+        self, config: FitConfig, model: nn.Module, train: SegmentationData, val: SegmentationData | None
+    ) -> None:
+        self.config, self.model, self.train, self.val = config, model, train, val
+        self.num_items = len(train)
+        self._ceilings: dict[int, dict[str, Any]] = {}
+
+    def batches(self, epoch: int, plan: Sequence[Sequence[int]], device: torch.device) -> Iterator[Batch]:
+        """Load the batches of a plan in its order, in this process or in ``train.num_workers`` others."""
+        self.train.set_epoch(epoch)
+        loaded = (collate([self.train[item] for item in batch]) for batch in plan)
+        if self.config.train.num_workers > 0 and plan:
+            loader: DataLoader[Any] = DataLoader(
+                _Guarded(self.train),
+                batch_sampler=[list(batch) for batch in plan],
+                collate_fn=_collate_guarded,
+                num_workers=self.config.train.num_workers,
+                generator=torch.Generator(),  # the loader's own; nothing is drawn from it
+            )
+            loaded = (_unwrapped(batch) for batch in loader)
+        for batch in loaded:
+            yield batch.to(device)
+
+    def names(self, batch: Batch) -> tuple[str, ...]:
+        """Names of the images in the batch."""
+        return batch.names
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Tokens of the batch."""
+        return len(batch.soft)
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        """Labelled pixels times their class weight for the cross entropy, labelled images for Dice."""
+        weight_TS = batch.weight.double().flatten(1)
+        by_class_K = (batch.soft.double().flatten(2) * weight_TS[:, None]).sum((0, 2))
+        factors_K = self.config.train.class_weights or [1.0] * len(by_class_K)
+        images = torch.stack([part.sum() > 0 for part in weight_TS.split(list(batch.patches.lengths))])
+        pixels = sum(float(value) * factor for value, factor in zip(by_class_K.tolist(), factors_K, strict=True))
+        return {"ce": pixels, "dice_loss": float(images.sum())}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Sums of cross entropy and soft Dice over the batch."""
+        train = self.config.train
+        parts = leaf_loss(
+            model(batch.patches).float(),
+            batch.soft,
+            batch.weight,
+            lengths=batch.patches.lengths,
+            class_weights=train.class_weights,
+            dice_weight=train.dice_weight,
+        )
+        return {"ce": parts.ce_sum, "dice_loss": parts.dice_weight * parts.dice_sum}
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Mean Dice and IoU in pixels at full resolution, and the ceiling that the trees leave."""
+        if self.val is None:
+            return {}
+        names = self.config.data.class_names
+        metrics = PixelMetrics(names, self.config.data.spacing, distances=False)
+        tokens = []
+        for index in range(len(self.val)):
+            image, labels = self.val.load(index)
+            assert labels is not None
+            name = self.val.items[index].name
+            result = segment(model, image, self.config)
+            metrics.update(name, result.labels, labels)
+            tokens.append(len(result.leaves))
+            if index not in self._ceilings:  # the trees of unvaried images stay the same
+                self._ceilings[index] = ceiling_row(name, labels, result.leaves, self.config, self.val.patch_size)
+        ceiling = mean_known([mean_known(row["dice"]) for row in self._ceilings.values()])
+        scores = {"dice": 0.0, "iou": 0.0, "ceiling": ceiling, "tokens": sum(tokens) / len(tokens)}
+        for measure in ("dice", "iou"):
+            scores[measure] = mean_known([mean_known(row[measure]) for row in metrics.rows])
+        # images in which there is nothing, and nothing was found, have no Dice; a set of such images was got right
+        return scores if scores["dice"] == scores["dice"] else scores | {"dice": 1.0, "iou": 1.0, "ceiling": 1.0}
+
+    def save(self, folder: Path) -> None:
+        """Write the model and the settings that prediction needs."""
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        save_config(self.config, folder / SETTINGS)
+
+    def load(self, folder: Path) -> None:
+        """Read back the weights that `save` wrote."""
+        from safetensors.torch import load_file
+
+        self.model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
+def ceiling_row(name: str, labels: Tensor, leaves: Any, config: FitConfig, patch_size: int) -> dict[str, Any]:
+    """Score the true mask itself after the tree: encoded on the leaves, and painted by the path of the predictions.
+
+    Args:
+        name: The image's name.
+        labels: Class per pixel ``[*S]`` at full resolution, 255 where unknown.
+        leaves: Leaves the image was cut into, in the frame of the shrunk image.
+        config: Settings of the run.
+        patch_size: Samples per side of a token.
+    """
+    shape = tuple(labels.shape)
+    small = torch.from_numpy(shrink_labels(labels.numpy(), limited_shape(shape, config.data.max_side)))
+    soft, _ = patchify_mask(small, leaves, patch_size, config.data.num_classes)
+    metrics = PixelMetrics(config.data.class_names, distances=False)
+    return metrics.update(name, paint(soft, leaves, shape), labels)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished run."""
+
+    folder: Path
+    loop: LoopResult
+
+    def __str__(self) -> str:
+        position, scores = self.loop.position, self.loop.last_scores
+        text = (
+            f"{self.folder}: ended by {self.loop.reason} after {position.epoch} epochs, {position.step} steps, "
+            f"{position.seconds:.0f} s of training"
+        )
+        if scores:
+            text += f"; best val dice {position.best:.3f} at step {position.best_step}"
+            text += f" (last {scores['dice']:.3f}, ceiling {scores['ceiling']:.3f}, {scores['tokens']:.0f} tokens)"
+        return text
+
+
+def build_task(config: FitConfig) -> SegmentationTask:
+    """Find the data, share it out, and create the model from the settings.
+
+    Args:
+        config: Settings of the run.
+
+    Raises:
+        ConfigError: Training or validation images have no masks.
+    """
+    from foveate.models import create_model
+
+    split = split_items(find_items(config.data), config.data)
+    for kind in ("train", "val"):
+        bare = [item.name for item in split[kind] if item.mask is None]
+        if bare:
+            raise ConfigError(f"{kind} image {bare[0]} has no mask; correct data.masks, or take it out of the split")
+    with torch.random.fork_rng(devices=[]):  # the caller's generator is not ours to move
+        torch.manual_seed(config.train.seed)
+        model = create_model(
+            config.model.name,
+            in_chans=config.data.channels,
+            num_classes=config.data.num_classes,
+            weights=config.model.weights,
+            **config.model.overrides,
+        )
+    patch_size = model.config.patch_size
+    train = SegmentationData(split["train"], config, patch_size, train=True)
+    val = SegmentationData(split["val"], config, patch_size, train=False) if split["val"] else None
+    return SegmentationTask(config, model, train, val)
+
+
+def fit(config: FitConfig, *, resume: bool = False, overwrite: bool = False) -> FitResult:
+    """Train a segmentation model as the settings say.
+
+    Args:
+        config: Settings of the run; ``config.out`` is its folder.
+        resume: Continue from the folder's last checkpoint; on the CPU bit for bit as if it had not stopped.
+        overwrite: Redo a run that is there already.
+
+    Returns:
+        Where the run is and how it ended.
+
+    Raises:
+        ConfigError: The settings, the data or the run folder do not fit.
+        Interrupted: Ctrl-C or SIGTERM; everything is saved and the message says how to continue.
+    """
+    from accelerate import PartialState
+
+    task = build_task(config)
+    state = PartialState()
+    with state.main_process_first():
+        folder = open_run(config, resume=resume, overwrite=overwrite, active=state.is_main_process)
+    there = find_checkpoint(folder / CHECKPOINTS / "last") is not None if resume else False
+    return FitResult(folder, Loop(task, config.train, folder, resume=there).run())
+
+
+class _Guarded(Dataset[Any]):
+    """Hands an error of a loader process over as a value: torch would wrap its message in a traceback."""
+
+    def __init__(self, data: SegmentationData) -> None:
+        self.data = data
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.data[index]
+        except Exception as error:  # noqa: BLE001 - raised again in the main process
+            return error
+
+
+def _collate_guarded(samples: Sequence[Sample | Exception]) -> Any:
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
+    return collate([sample for sample in samples if isinstance(sample, Sample)])
+
+
+def _unwrapped(batch: Any) -> Batch:
+    if isinstance(batch, Exception):
+        raise batch
+    assert isinstance(batch, Batch)
+    return batch

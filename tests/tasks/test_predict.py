@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from tiny_run import tiny_config, write_disc, write_discs
+
+from foveate.errors import ConfigError, FormatError
+from foveate.geometry.leaves import uniform_leaves
+from foveate.geometry.patches import unpatchify
+from foveate.tasks.data import SegmentationData
+from foveate.tasks.items import Item
+from foveate.tasks.predict import find_inputs, load_model, paint, predict, segment
+from foveate.tasks.segmentation import fit
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("predict")
+    write_discs(root / "data")
+    fit(tiny_config(root / "data", root / "run", train={"epochs": 1}))
+    return root / "run"
+
+
+def test_masks_have_their_images_size_and_are_those_of_segment(run: Path, tmp_path: Path) -> None:
+    write_disc(tmp_path, "odd", 3, (51, 77))
+    source = tmp_path / "images" / "odd.png"
+    written = predict(run, source, tmp_path / "out")
+    assert written == [tmp_path / "out/odd.png"]
+    mask = np.asarray(Image.open(written[0]))
+    assert mask.shape == (51, 77)
+    model, config = load_model(run)
+    image, _ = SegmentationData([Item("odd", source, None, "odd")], config, 8, train=False).load(0)
+    assert (mask == segment(model, image, config).labels.numpy()).all()
+
+
+def test_probability_agrees_with_the_mask(run: Path, tmp_path: Path) -> None:
+    write_disc(tmp_path, "a", 3, (60, 40))
+    mask_path, chance_path = predict(run, tmp_path / "images", tmp_path / "out", probability=True, format="tif")
+    mask, chance = tifffile.imread(mask_path), tifffile.imread(chance_path)
+    assert chance.shape == (2, 60, 40)
+    assert np.allclose(chance.sum(0, dtype=np.float32), 1, atol=2e-3)
+    clear = abs(chance[0].astype(np.float32) - 0.5) > 1e-3
+    assert (chance.argmax(0) == mask)[clear].all()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.tif", "a_probability.tif"]
+
+
+def test_a_bad_file_is_reported_and_the_batch_goes_on(run: Path, tmp_path: Path) -> None:
+    write_discs(tmp_path, 2)
+    (tmp_path / "images" / "01a.png").write_bytes(b"")
+    (tmp_path / "images" / "01b.png").write_bytes((tmp_path / "images" / "00.png").read_bytes()[:300])
+    lines: list[str] = []
+    with pytest.raises(FormatError, match=r"2 of 4 images have no mask \(first: .*01a\.png.*2 masks are in"):
+        predict(run, tmp_path / "images", tmp_path / "out", warn=lines.append)
+    assert len(lines) == 2
+    assert all("\n" not in line and line.startswith("foveate: skipped ") for line in lines)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00.png", "01.png"]
+
+
+def test_nothing_is_overwritten_by_accident(run: Path, tmp_path: Path) -> None:
+    write_discs(tmp_path, 1)
+    predict(run, tmp_path / "images", tmp_path / "out")
+    with pytest.raises(ConfigError, match="exists; add --overwrite"):
+        predict(run, tmp_path / "images", tmp_path / "out")
+    predict(run, tmp_path / "images", tmp_path / "out", overwrite=True)
+    with pytest.raises(ConfigError, match="overwritten by its own mask"):
+        predict(run, tmp_path / "images", tmp_path / "images", overwrite=True)
+    with pytest.raises(ConfigError, match="would both be written"):
+        predict(run, [tmp_path / "images" / "00.png", tmp_path / "masks" / "00.png"], tmp_path / "new")
+    with pytest.raises(FormatError, match="holds no trained model"):
+        predict(tmp_path, tmp_path / "images", tmp_path / "new")
+
+
+def test_inputs_are_files_folders_globs_and_manifests(tmp_path: Path) -> None:
+    write_discs(tmp_path, 3)
+    (tmp_path / "list.csv").write_text("image\nimages/02.png\nimages/00.png\n")
+    names = [path.name for path in find_inputs([tmp_path / "images"])]
+    assert names == ["00.png", "01.png", "02.png"]
+    assert len(find_inputs([tmp_path / "images" / "0[12].png"])) == 2
+    assert [path.name for path in find_inputs([tmp_path / "list.csv"])] == ["00.png", "02.png"]
+    assert len(find_inputs([tmp_path / "images", tmp_path / "images" / "00.png"])) == 3
+    with pytest.raises(ConfigError, match="names no image"):
+        find_inputs([tmp_path / "nothing*"])
+
+
+@pytest.mark.parametrize("shape", [(150, 97), (40, 31, 22)])
+def test_tiles_of_a_shrunk_image_join_to_torchs_interpolation(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tuple(side // 2 + 3 for side in shape)
+    leaves = uniform_leaves(small, 8)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(len(leaves), 3, *[4] * len(shape), generator=generator)
+    whole = unpatchify(values, leaves, mode="smooth")
+    mode = "bilinear" if len(shape) == 2 else "trilinear"
+    expected = torch.nn.functional.interpolate(whole[None], size=shape, mode=mode)[0]
+    from foveate.tasks import predict as module
+
+    monkeypatch.setattr(module, "tiles", lambda shape: real(shape, 16))
+    real = __import__("foveate.tasks.metrics", fromlist=["tiles"]).tiles
+    chance = np.zeros((3, *shape), np.float32)
+    labels = paint(values, leaves, shape, chance)
+    assert np.allclose(chance, expected.softmax(0).numpy(), atol=1e-5)
+    assert (labels == expected.argmax(0)).float().mean() > 0.999
+
+
+def test_max_side_is_undone(tmp_path: Path) -> None:
+    data = write_discs(tmp_path / "data", 4)
+    settings = {"root": str(data), "classes": {"disc": ">=128"}, "max_side": 32}
+    fit(tiny_config(data, tmp_path / "run", data=settings, train={"epochs": 1}))
+    (mask,) = predict(tmp_path / "run", data / "images" / "00.png", tmp_path / "out")
+    assert np.asarray(Image.open(mask)).shape == (64, 64)
