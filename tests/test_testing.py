@@ -74,5 +74,6 @@ def test_write_dataset_pairs_images_and_masks(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "set", 2, 64, seed=3)
     assert sorted(path.name for path in (root / "masks").iterdir()) == ["000.png", "001.png"]
     image, labels = synthetic_image(64, 4)
-    assert np.array_equal(np.asarray(Image.open(root / "images" / "001.png")).transpose(2, 0, 1), image)
-    assert np.array_equal(np.asarray(Image.open(root / "masks" / "001.png")) > 0, labels > 0)
+    with Image.open(root / "images" / "001.png") as shown, Image.open(root / "masks" / "001.png") as mask:
+        assert np.array_equal(np.asarray(shown).transpose(2, 0, 1), image)
+        assert np.array_equal(np.asarray(mask), labels)

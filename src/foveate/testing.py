@@ -87,8 +87,8 @@ def write_dataset(folder: str | Path, num_images: int, size: int, seed: int, *, 
         (root / name).mkdir(parents=True, exist_ok=True)
     for index in range(num_images):
         image, labels = synthetic_image(size, seed + index, num_classes=num_classes)
-        write_png(root / "images" / f"{index:03d}.png", image)
-        write_mask(root / "masks" / f"{index:03d}.png", labels)
+        write_png(root / "images" / f"{index:03d}.png", image, overwrite=True)
+        write_mask(root / "masks" / f"{index:03d}.png", labels, overwrite=True)
     return root
 
 

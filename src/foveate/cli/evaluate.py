@@ -10,9 +10,18 @@ def run(words: list[str]) -> int:
     parser = VerbParser("evaluate", "Score a run in pixel space at full resolution, beside the tree's own ceiling.")
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     parser.add_argument("--split", default="test", help="which split: train, val or test (default: test)")
+    parser.add_argument("--data-root", metavar="DIR", help="where the data is, when it has moved since training")
     args = parser.parse(words)
 
     from foveate.tasks.evaluate import evaluate
+    from foveate.tasks.predict import load_model
+    from foveate.tasks.report import Gallery, run_report
 
-    say(str(evaluate(args.run, split=args.split)))
+    _, config = load_model(args.run)
+    gallery = Gallery(config.data.class_names)
+    evaluation = evaluate(args.run, split=args.split, data_root=args.data_root, on_image=gallery)
+    page = args.run / "evaluation" / f"{args.split}.html"
+    run_report(evaluation, gallery).save(page)
+    say(str(evaluation))
+    say(f"report: {page}")
     return 0

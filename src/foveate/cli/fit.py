@@ -14,9 +14,10 @@ def run(words: list[str]) -> int:
     args, overrides = parser.parse_with_overrides(words)
 
     from foveate.tasks.config import load_config
-    from foveate.tasks.segmentation import fit
 
     config = load_config(args.config, overrides)
+    from foveate.tasks.segmentation import fit
+
     result = fit(config, resume=args.resume, overwrite=args.overwrite)
     say(str(result))
     return 0

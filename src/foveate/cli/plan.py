@@ -38,14 +38,14 @@ def _plan_data(path: Path, overrides: list[str]) -> int:
 
 
 def _plan_image(args: argparse.Namespace) -> int:
-    from foveate.plan import plan_image
-
     if Path(args.image).exists():
         from foveate.io.image import read_image
 
         shape = tuple(read_image(args.image).shape)[1:]
     else:
         shape = parse_shape(args.image)
+    from foveate.plan import plan_image
+
     say(
         plan_image(
             args.model,

@@ -18,9 +18,13 @@ def run(words: list[str]) -> int:
 
     from foveate.tasks.predict import predict
 
-    options = {} if args.max_pixels is None else {"max_pixels": args.max_pixels}
     written = predict(
-        args.model, args.inputs, args.out, probability=args.probability, overwrite=args.overwrite, **options
+        args.model,
+        args.inputs,
+        args.out,
+        probability=args.probability,
+        overwrite=args.overwrite,
+        max_pixels=args.max_pixels,
     )
     for path in written:
         say(str(path))

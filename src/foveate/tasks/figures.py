@@ -22,6 +22,7 @@ IGNORE = 255
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
 Colour = tuple[int, int, int]
+Window = tuple[slice, slice]
 
 
 def to_rgb(image: Shaped[np.ndarray, "C *S"], *, plane: int | None = None) -> Picture:
@@ -71,37 +72,41 @@ def leaf_overlay(
     leaves: Leaves,
     *,
     side: int | None = None,
-    colour: Colour = YELLOW,
-    alpha: float = 0.75,
+    window: Window | None = None,
     plane: int | None = None,
 ) -> Picture:
-    """Draw the outline of every leaf on the image.
+    """Draw the outline of every leaf on the image, one pixel wide at any size.
 
     Args:
-        image: the image that was cut.
+        image: the image that was cut, or a larger or smaller version of it.
         leaves: its leaves; of a volume, those that the shown plane cuts.
         side: longest side of the picture in pixels; by default the image's own, between 512 and 2048.
-        colour: of the lines, which are one pixel wide at any size.
-        alpha: how much of the line covers the image, in [0, 1].
+        window: part of the image to show, in its pixels; all of it by default.
         plane: which plane of a volume; the middle one by default.
 
     Cost: O(L + pixels of the picture).
     """
     base = to_rgb(image, plane=plane)
-    height, width = fit_side(base.shape, side or min(max(max(base.shape[:2]), 512), 2048))
-    boxes = leaves.boxes.cpu().numpy()
+    boxes = leaves.boxes.cpu().numpy().astype(np.float64)
     if leaves.num_dims == 3:
-        at = leaves.shape[0] // 2 if plane is None else plane
+        at = (image.shape[1] // 2 if plane is None else plane) * leaves.shape[0] / image.shape[1]
         boxes = boxes[(boxes[:, 0, 0] <= at) & (at < boxes[:, 1, 0])][:, :, 1:]
-    scale = np.array([height / base.shape[0], width / base.shape[1]])
-    corner = np.rint(boxes * scale).astype(np.int64)
-    corner = np.minimum(corner, [height - 1, width - 1])
+    boxes *= np.array(base.shape[:2]) / leaves.shape[-2:]
+    if window is not None:
+        boxes -= [part.start for part in window]
+        base = base[window]
+    height, width = fit_side(base.shape, side or min(max(max(base.shape[:2]), 512), 2048))
+    corner = np.rint(boxes * [height / base.shape[0], width / base.shape[1]]).astype(np.int64)
+    shown = (corner[:, 1] > 0).all(1) & (corner[:, 0] < [height, width]).all(1)
     lines = np.zeros((height, width), np.bool_)
-    for (top, left), (bottom, right) in corner:
-        lines[top, left : right + 1] = True
-        lines[top : bottom + 1, left] = True
+    for (top, left), (bottom, right) in corner[shown]:
+        rows, columns = slice(max(top, 0), bottom + 1), slice(max(left, 0), right + 1)
+        if top >= 0:
+            lines[top, columns] = True
+        if left >= 0:
+            lines[rows, left] = True
     lines[-1] = lines[:, -1] = True
-    return painted(resized(base, height, width), lines, colour, alpha)
+    return painted(resized(base, height, width), lines, YELLOW, 0.7)
 
 
 def painted(picture: Picture, where: NDArray[np.bool_], colour: Colour, alpha: float = 1.0) -> Picture:
@@ -152,7 +157,7 @@ def _greyed(picture: Picture) -> Picture:
     return np.repeat(grey.astype(np.uint8), 3, axis=-1)
 
 
-def busiest_window(labels: Integer[np.ndarray, "H W"], side: int) -> tuple[slice, slice]:
+def busiest_window(labels: Integer[np.ndarray, "H W"], side: int) -> Window:
     """The square window with the longest outlines in it: the place worth a magnified look."""
     region = (labels > 0) & (labels != IGNORE)
     edges = outline(region).astype(np.int64)

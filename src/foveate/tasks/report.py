@@ -6,9 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from foveate.tasks import figures
 from foveate.tasks.figures import Picture, png_bytes
+from foveate.tasks.metrics import PixelMetrics, mean_known
+
+if TYPE_CHECKING:
+    from foveate.tasks.evaluate import Evaluation
+    from foveate.tasks.predict import Segmented
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -109,3 +117,117 @@ def _html_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image of a gallery: its name, its Dice, and its panel."""
+
+    name: str
+    dice: float
+    picture: Picture
+
+
+class Gallery:
+    """Draws the panel of every image it is called with, and keeps the best and the worst few.
+
+    Args:
+        class_names: all classes, background first.
+        keep: how many of each to keep.
+        side: longest side of one picture in a panel, in pixels.
+    """
+
+    def __init__(self, class_names: Sequence[str], *, keep: int = 2, side: int = 400) -> None:
+        self.class_names, self.keep, self.side = tuple(class_names), keep, side
+        self.cases: list[Case] = []
+
+    def __call__(self, name: str, image: Any, labels: Any, result: "Segmented") -> None:
+        """Take one image, its true labels, and what the model made of it."""
+        metrics = PixelMetrics(self.class_names, distances=False)
+        dice = mean_known(metrics.update(name, result.labels, labels)["dice"])
+        ranked = sorted([*(case.dice for case in self.cases), dice])
+        if self.keep <= ranked.index(dice) < len(ranked) - self.keep:
+            return
+        prediction, truth = result.labels.numpy(), labels.numpy()
+        picture = case_panel(image.numpy(), truth, prediction, result.leaves, dice, side=self.side)
+        self.cases = sorted([*self.cases, Case(name, dice, picture)], key=lambda case: case.dice)
+        if len(self.cases) > 2 * self.keep:
+            del self.cases[self.keep]
+
+
+def case_panel(image: Any, truth: Any, prediction: Any, leaves: Any, dice: float, *, side: int = 400) -> Picture:
+    """Image, leaves, prediction, errors and truth side by side, and magnified below.
+
+    Args:
+        image: ``[C, *S]``; of a volume the plane with the most structure is shown.
+        truth: class per pixel, 255 where unknown.
+        prediction: class per pixel.
+        leaves: of the image.
+        dice: for the title; NaN where there is none.
+        side: longest side of one picture, in pixels.
+    """
+    plane = None
+    if truth.ndim == 3:
+        plane = int(((truth > 0) & (truth != figures.IGNORE)).sum((1, 2)).argmax())
+        truth, prediction = truth[plane], prediction[plane]
+    picture = figures.to_rgb(image, plane=plane)
+    window = figures.busiest_window(truth, max(picture.shape[:2]) // 4)
+    shown = [
+        picture,
+        figures.label_overlay(picture, prediction),
+        figures.error_map(picture, prediction, truth),
+        figures.label_overlay(picture, truth),
+    ]
+    whole = [*shown[:1], figures.leaf_overlay(image, leaves, side=side, plane=plane), *shown[1:]]
+    zoom = figures.leaf_overlay(image, leaves, side=side, window=window, plane=plane)
+    near = [shown[0][window], zoom, *(one[window] for one in shown[1:])]
+    size = " x ".join(map(str, image.shape[1:]))
+    titles = [f"image\n{size}", f"leaves\n{len(leaves):,} tokens", f"prediction\nDice {format_cell(dice)}"]
+    note = "errors: green found, red invented or confused, blue missed; below: magnified"
+    return figures.panel([whole, near], [*titles, "errors", "truth"], side=side, note=note)
+
+
+def run_report(evaluation: "Evaluation", gallery: Gallery) -> Report:
+    """The page about one evaluated run: scores per image, curves, best and worst cases, settings.
+
+    Args:
+        evaluation: what ``evaluate`` returned.
+        gallery: what it was given as ``on_image``.
+    """
+    from foveate.tasks.run import CONFIG, METRICS, read_metrics
+
+    unit = evaluation.summary["hd95_unit"]
+    rows = [
+        {
+            "image": row["name"],
+            "Dice": mean_known(row["dice"]),
+            "ceiling": mean_known(row["ceiling"]),
+            "IoU": mean_known(row["iou"]),
+            f"HD95 {unit}": mean_known(row["hd95"]),
+            "tokens": row["tokens"],
+            "seconds": row["seconds"],
+        }
+        for row in evaluation.rows
+    ]
+    means = {name: float(np.nanmean([row[name] for row in rows])) for name in list(rows[0])[1:]}
+    curves = []
+    if (evaluation.run / METRICS).is_file():
+        records = read_metrics(evaluation.run / METRICS)
+        curves = [("training", figures.training_curves({evaluation.run.name: records}))]
+    number = len(gallery.cases)
+    cases = [
+        (f"{'worst' if rank < number / 2 else 'best'}: {case.name}, Dice {format_cell(case.dice)}", case.picture)
+        for rank, case in enumerate(gallery.cases)
+    ]
+    settings = evaluation.run / CONFIG
+    return Report(
+        title=f"{evaluation.run}, {evaluation.split} images",
+        lead=f"Dice {format_cell(evaluation.dice)}, ceiling of the trees {format_cell(evaluation.ceiling)}, "
+        f"{evaluation.tokens:,.0f} tokens and {evaluation.seconds:.2f} s per image.",
+        table=[{"image": "mean", **means}, *rows],
+        figures=[*curves, *cases],
+        config=settings.read_text(encoding="utf-8") if settings.is_file() else "",
+        notes=[
+            "Scores are in pixels at full resolution; the ceiling is the true mask encoded and decoded by the tree."
+        ],
+    )

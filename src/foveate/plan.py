@@ -1,0 +1,387 @@
+"""What a model will cost, before anything runs: tokens, FLOPs and bytes of every stage.
+
+The plan is a rehearsal: the model's own code runs once on torch's meta device, where tensors have shapes but no memory.
+A ledger counts the operations of every matrix product and the bytes that are alive at any time, so that the plan cannot
+drift from the code. Attention is rehearsed as the fused kernel that runs in earnest, never as an L x L matrix.
+
+**Differs** from formulas such as ``24 L E^2 + 4 L^2 E`` per block, which know neither decoder nor memory; the formula
+is kept as :func:`encoder_flops` and equals the rehearsal.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from foveate.errors import BudgetError, ConfigError
+
+if TYPE_CHECKING:
+    from foveate.models import ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STAGES = ("embedding", "attention", "mlp", "encoder", "decoder", "loss", "backward")
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run.
+
+    Args:
+        name: one of ``STAGES``.
+        flops: floating point operations of its matrix products (a multiplication and an addition are two).
+        peak_bytes: most bytes of activations alive during it, those of earlier stages included.
+    """
+
+    name: str
+    flops: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cost of one batch.
+
+    Args:
+        model: name or description of the model.
+        num_leaves: tokens per image, prefix tokens not counted.
+        batch_size: images at once.
+        training: forward, backward and optimiser instead of forward alone.
+        dtype: of weights and activations.
+        stages: in order of their first use.
+        parameter_bytes: of the weights.
+        optimiser_bytes: of AdamW's two moments; 0 without training.
+        input_bytes: of the patches.
+        activation_bytes: most bytes alive at once of everything the run makes, gradients included.
+    """
+
+    model: str
+    num_leaves: int
+    batch_size: int
+    training: bool
+    dtype: str
+    stages: tuple[Stage, ...]
+    parameter_bytes: int
+    optimiser_bytes: int
+    input_bytes: int
+    activation_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the batch."""
+        return self.num_leaves * self.batch_size
+
+    @property
+    def flops(self) -> int:
+        """Operations of all stages."""
+        return sum(stage.flops for stage in self.stages)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes that weights, optimiser, patches and activations need together."""
+        return self.parameter_bytes + self.optimiser_bytes + self.input_bytes + self.activation_bytes
+
+    def to_text(self) -> str:
+        """The plan as a table."""
+        kind = "one training step" if self.training else "inference"
+        head = f"{self.model}: {kind}, {self.batch_size} x {self.num_leaves:,} leaves, {self.dtype}"
+        lines = [head, f"  {'stage':<12}{'GFLOP':>12}{'share':>8}{'live activations':>20}"]
+        for stage in self.stages:
+            share = stage.flops / max(self.flops, 1)
+            lines.append(
+                f"  {stage.name:<12}{stage.flops / 1e9:>12,.2f}{share:>8.0%}{format_bytes(stage.peak_bytes):>20}"
+            )
+        lines.append(f"  {'total':<12}{self.flops / 1e9:>12,.2f}")
+        parts = {"weights": self.parameter_bytes, "optimiser": self.optimiser_bytes, "patches": self.input_bytes}
+        parts["activations"] = self.activation_bytes
+        text = " + ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+        return "\n".join([*lines, f"  peak memory {format_bytes(self.peak_bytes)} = {text}"])
+
+
+def plan(
+    model: "str | ModelConfig",
+    num_leaves: int,
+    batch_size: int = 1,
+    *,
+    training: bool = False,
+    dtype: str = "float32",
+) -> Plan:
+    """Rehearse one batch of a model and return what it costs.
+
+    Args:
+        model: a name from ``list_models()`` or a configuration; its field ``checkpoint`` says whether training keeps
+            only the inputs of the blocks.
+        num_leaves: leaves of every image.
+        batch_size: images at once.
+        training: plan a training step (forward, loss, backward, AdamW) instead of inference.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of weights and activations; AdamW's moments are float32.
+
+    Raises:
+        BudgetError: ``num_leaves`` or ``batch_size`` below 1.
+        ConfigError: an unknown dtype or model.
+
+    Cost: the tables of neighbours of ``num_leaves`` leaves, and some milliseconds per block; no weights are made.
+    """
+    for name, value in (("num_leaves", num_leaves), ("batch_size", batch_size)):
+        if value < 1:
+            raise BudgetError(f"{name}={value} must be at least 1; one leaf and one image are the least there is")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}; use one of these")
+    network, config = _build(model, DTYPES[dtype], training)
+    patches = _patches(config, num_leaves, batch_size, DTYPES[dtype])
+    ledger = Ledger([*network.parameters(), *network.buffers(), patches.pixels])
+    with torch.set_grad_enabled(training), _FusedAttention(), ledger, _named_stages(network, ledger):
+        logits = network(patches)
+        if training:
+            with ledger.stage("loss"):
+                loss = -(functional.log_softmax(logits.float(), dim=1) * torch.empty_like(logits)).sum()
+            with ledger.stage("backward", outermost=True):
+                loss.backward()
+    parameters = list(network.parameters())
+    return Plan(
+        model=model if isinstance(model, str) else f"{config.width} wide, {config.depth} deep",
+        num_leaves=num_leaves,
+        batch_size=batch_size,
+        training=training,
+        dtype=dtype,
+        stages=ledger.stages(),
+        parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        optimiser_bytes=sum(p.numel() * 8 for p in parameters if p.requires_grad) if training else 0,
+        input_bytes=patches.pixels.numel() * patches.pixels.element_size(),
+        activation_bytes=ledger.peak,
+    )
+
+
+def encoder_flops(config: "ModelConfig", num_leaves: int) -> int:
+    """Operations of embedding and blocks for one image, by formula: ``depth (24 L E^2 + 4 L^2 E) + 2 L C P^N E``.
+
+    Args:
+        config: of the model; other mlp ratios than 4 are respected.
+        num_leaves: leaves of the image; prefix tokens are added.
+    """
+    length, width = num_leaves + int(config.class_token) + config.num_registers, config.width
+    dense = 8 * length * width**2 + 4 * length * width * int(width * config.mlp_ratio)
+    patch = config.in_chans * config.patch_size**config.num_dims
+    return config.depth * (dense + 4 * length**2 * width) + 2 * num_leaves * patch * width
+
+
+def plan_image(
+    model: str,
+    shape: Sequence[int],
+    *,
+    max_leaves: int,
+    min_size: int = 8,
+    batch_size: int = 1,
+    training: bool = False,
+    checkpoint: bool = False,
+    dtype: str = "float32",
+) -> str:
+    """Plan a named model on an image of a shape, beside the uniform grid of the smallest leaf size, as text.
+
+    Raises:
+        BudgetError: a count below 1.
+        ConfigError: an unknown dtype or model, or a model for another number of axes.
+    """
+    from foveate.models import create_config
+
+    for name, value in (("max_leaves", max_leaves), ("min_size", min_size)):
+        if value < 1:
+            raise BudgetError(f"{name}={value} must be at least 1; give a positive whole number")
+    config = replace(create_config(model), checkpoint=checkpoint)
+    if config.num_dims != len(shape):
+        raise ConfigError(
+            f"{model} is for {config.num_dims}-D images, but the shape {tuple(shape)} has {len(shape)} axes; "
+            f"choose a model whose name {'ends in _3d' if len(shape) == 3 else 'does not end in _3d'}"
+        )
+    cells = math.prod(-(-side // min_size) for side in shape)
+    leaves = min(max_leaves, cells)
+    result = plan(config, leaves, batch_size, training=training, dtype=dtype)
+    factor = encoder_flops(config, cells) / encoder_flops(config, leaves)
+    return "\n".join(
+        [
+            f"image {' x '.join(map(str, shape))}, at most {leaves:,} leaves of at least {min_size} pixels",
+            replace(result, model=model).to_text(),
+            f"  a uniform grid of {min_size} pixels has {cells:,} tokens: {cells / leaves:,.1f}x as many, "
+            f"{factor:,.1f}x the encoder's FLOPs",
+        ]
+    )
+
+
+def format_bytes(size: int) -> str:
+    """Bytes with a unit of 1024: ``"1.5 GiB"``."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+class Ledger(TorchDispatchMode):
+    """Counts operations and live bytes of everything that runs inside it, by stage, on any device.
+
+    Args:
+        known: tensors that exist already and are not counted.
+    """
+
+    def __init__(self, known: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._flops: dict[str, int] = {}
+        self._peaks: dict[str, int] = {}
+        self._names = ["encoder"]
+        self._fixed = False
+        self._held = [tensor.untyped_storage() for tensor in known]
+        self._known = {id(storage) for storage in self._held}
+
+    def stages(self) -> tuple[Stage, ...]:
+        """What was counted, in order of first use."""
+        return tuple(Stage(name, self._flops.get(name, 0), peak) for name, peak in self._peaks.items())
+
+    @contextmanager
+    def stage(self, name: str, *, outermost: bool = False) -> Iterator[None]:
+        """Book what runs inside under a name; ``outermost`` keeps inner stages from taking over."""
+        self.enter(name)
+        self._fixed = outermost
+        yield
+        self._fixed = False
+        self.leave()
+
+    def enter(self, name: str) -> None:
+        """Begin a stage; stages nest."""
+        self._names.append(self._names[-1] if self._fixed else name)
+
+    def leave(self) -> None:
+        """End the innermost stage."""
+        self._names.pop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation and book it."""
+        out = func(*args, **(kwargs or {}))
+        name = self._names[-1]
+        self._flops[name] = self._flops.get(name, 0) + _count(func, args, kwargs or {}, out)
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self._book(value)
+        self._peaks[name] = max(self._peaks.get(name, 0), self.live)
+        return out
+
+    def _book(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) in self._known:
+            return
+        self._known.add(id(storage))
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, id(storage), storage.nbytes()).atexit = False
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Sends attention to the fused CPU kernel, which exists on meta too, instead of its L x L decomposition."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            return _fused(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    missing = 4 - query.ndim
+    query, key, value = (x.reshape((1,) * missing + x.shape) if missing > 0 else x for x in (query, key, value))
+    out: Tensor = _FLASH(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return out.reshape(out.shape[missing:]) if missing > 0 else out
+
+
+def _count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    packet = func._overloadpacket
+    if packet in (_FLASH, _FLASH_BACKWARD):
+        first = 1 if packet is _FLASH_BACKWARD else 0
+        query, key = args[first], args[first + 1]
+        pairs = math.prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
+        return (10 if packet is _FLASH_BACKWARD else 4) * pairs
+    formula = flop_registry.get(packet)
+    return int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+
+
+def _build(model: "str | ModelConfig", dtype: torch.dtype, training: bool) -> tuple[nn.Module, "ModelConfig"]:
+    from foveate.models import build_model, create_config
+
+    config = create_config(model) if isinstance(model, str) else model
+    with torch.device("meta"):
+        network = build_model(config)
+    return network.to(dtype).train(training), config
+
+
+def _patches(config: "ModelConfig", num_leaves: int, batch_size: int, dtype: torch.dtype) -> Any:
+    """Patches without memory: a strip of leaves of the patch size for every image."""
+    from foveate.geometry.leaves import uniform_leaves
+    from foveate.geometry.patches import Patches
+
+    sides = (config.patch_size,) * config.num_dims
+    leaves = uniform_leaves((*sides[:-1], config.patch_size * num_leaves), config.patch_size)
+    pixels = torch.empty(num_leaves * batch_size, config.in_chans, *sides, dtype=dtype, device="meta")
+    return Patches(pixels, (leaves,) * batch_size)
+
+
+_STAGE_OF = {"attn": "attention", "mlp": "mlp", "decoder": "decoder"}
+
+
+@contextmanager
+def _named_stages(network: nn.Module, ledger: Ledger) -> Iterator[None]:
+    """Name stages by the modules that run: attn, mlp, decoder and everything called embed."""
+    handles = []
+    for path, module in network.named_modules():
+        last = path.rpartition(".")[2]
+        name = "embedding" if last.endswith("embed") else _STAGE_OF.get(last)
+        if name is not None:
+            handles.append(module.register_forward_pre_hook(_Enter(ledger, name)))
+            handles.append(module.register_forward_hook(_Leave(ledger), always_call=True))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class _Enter:
+    ledger: Ledger
+    name: str
+
+    def __call__(self, *_: Any) -> None:
+        self.ledger.enter(self.name)
+
+
+@dataclass(frozen=True)
+class _Leave:
+    ledger: Ledger
+
+    def __call__(self, *_: Any) -> None:
+        self.ledger.leave()

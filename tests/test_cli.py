@@ -1,0 +1,247 @@
+"""The command line: one line and exit code 2 for every mistake, and no heavy import before it is needed."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import foveate
+from foveate.cli import VERBS, main
+from foveate.testing import synthetic_image
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run a command that must fail as a user error; return its one line."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("foveate: error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.fixture
+def png(tmp_path: Path) -> Path:
+    path = tmp_path / "image.png"
+    Image.fromarray(synthetic_image(96, 0)[0].transpose(1, 2, 0)).save(path)
+    return path
+
+
+def test_help_lists_the_verbs_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from foveate.cli import main; assert main(['--help']) == 0;"
+        "print(sorted({'torch', 'numpy', 'jsonargparse', 'monai', 'matplotlib', 'numba'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: foveate {verb}")
+
+
+def test_version_and_module_run() -> None:
+    done = subprocess.run([sys.executable, "-m", "foveate", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"foveate {foveate.__version__}\n"
+
+
+def test_no_words_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "usage: foveate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["pedict"], "unknown verb 'pedict', did you mean predict?"),
+        (["--vresion"], "unknown flag '--vresion'"),
+        (["predict", "--ot", "x"], "unknown flag '--ot', did you mean --out?"),
+        (["plan", "64x64", "--max-leves=3"], "unknown flag '--max-leves', did you mean --max-leaves?"),
+        (["plan", "64x64", "--max-leaves=many"], "'many' is not a whole number"),
+        (["plan", "64y64"], "'64y64' is neither a file nor a shape"),
+        (["plan", "0x64"], "'0x64' is neither a file nor a shape"),
+        (["plan", "64x64", "--tree.max_leaves=3"], "unknown flag '--tree.max_leaves'"),
+        (["plan"], "plan takes one thing"),
+        (["inspect"], "inspect takes one thing"),
+        (["predict", "run", "image.png"], "required: --out"),
+        (["demo", "--minutes", "0"], "--minutes=0.0 must be above 0"),
+        (["demo", "--minutes", "nan"], "--minutes=nan must be above 0"),
+        (["bench", "treees"], "unknown benchmark family 'treees'"),
+        (["fit", "a.yaml", "b.yaml"], "unexpected argument 'b.yaml'"),
+        (["fit", "a.yaml", "--train.lr"], "--train.lr has no value"),
+    ],
+)
+def test_mistakes_on_the_command_line(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert text in fails(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "missing.yaml"),
+        ("tree:\n  max_leafs: 12\n", "did you mean tree.max_leaves?"),
+        ("tree:\n  max_leaves: 0\n", "tree.max_leaves=0"),
+        ("train: 3\n", "train=3"),
+        ("tree: [\n", "is not YAML"),
+        ("", "images"),
+    ],
+)
+def test_bad_config(
+    content: str | None, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / ("missing.yaml" if content is None else "config.yaml")
+    if content is not None:
+        path.write_text(content)
+    assert text in fails(capsys, "fit", path)
+
+
+def test_unknown_override_names_the_closest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("out: x\n")
+    assert "did you mean train.lr?" in fails(capsys, "fit", tmp_path / "config.yaml", "--train.lrr=1")
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(foveate.FoveateError, match=r"missing\.yaml"):
+        main(["fit", "--debug", str(tmp_path / "missing.yaml")])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _truncated(path: Path) -> None:
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def _text(path: Path) -> None:
+    path.write_text("this is no image")
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+def _bomb(path: Path) -> None:
+    Image.new("1", (30000, 30000)).save(path)
+
+
+def _animated(path: Path) -> None:
+    frames = [Image.new("L", (8, 8), grey) for grey in (10, 200)]
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:])
+
+
+@pytest.mark.parametrize("make", [_empty, _truncated, _text, _folder, _bomb, _animated, None])
+def test_bad_image_files(
+    make: Callable[[Path], None] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / ("bad.gif" if make is _animated else "bad.png")
+    if make is not None:
+        make(path)
+    assert "bad." in fails(capsys, "inspect", path)
+
+
+def test_nan_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = np.zeros((16, 16), np.float32)
+    image[3, 4] = np.nan
+    np.save(tmp_path / "bad.npy", image)
+    assert "bad.npy" in fails(capsys, "inspect", tmp_path / "bad.npy")
+
+
+def test_max_pixels_refuses(png: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "image.png" in fails(capsys, "inspect", png, "--max-pixels", 100)
+
+
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [("--max-leaves=0", "max_leaves"), ("--max-leaves=-3", "max_leaves"), ("--min-size=0", "0"), ("--detail=x", "x")],
+)
+def test_impossible_trees(flag: str, text: str, png: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert text in fails(capsys, "inspect", png, flag)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (40, 40)])
+def test_inspect_takes_tiny_and_constant_images(
+    shape: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.full(shape, 9, np.uint8)).save(tmp_path / "flat.png")
+    assert main(["inspect", str(tmp_path / "flat.png")]) == 0
+    out = capsys.readouterr().out
+    assert f"{shape[0]} x {shape[1]} uint8" in out
+    assert "nothing to gain" in out
+
+
+def test_inspect_describes_and_draws(png: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(png), "--max-leaves", "40", "--out", str(tmp_path / "x" / "leaves.png")]) == 0
+    out = capsys.readouterr().out
+    assert "3 x 96 x 96 uint8" in out
+    assert "uniform grid" in out
+    with Image.open(tmp_path / "x" / "leaves.png") as picture:
+        assert picture.size == (512, 512)
+
+
+def test_plan_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "256x256", "--model", "apf_vit_tiny", "--max-leaves", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "64 leaves" in out
+    assert "GFLOP" in out
+    assert "uniform grid" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--model", "apf_vit_tiiny"], "apf_vit_tiny"),
+        (["--max-leaves", "0"], "max_leaves=0"),
+        (["--dtype", "int8"], "int8"),
+        (["--batch-size", "0"], "batch_size=0"),
+    ],
+)
+def test_plan_mistakes(flags: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert text in fails(capsys, "plan", "64x64", *flags)
+
+
+def test_predict_with_no_model(png: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, "predict", tmp_path / "no_run", png, "--out", tmp_path / "masks")
+    assert "no_run" in line
+    assert not (tmp_path / "masks").exists() or not any((tmp_path / "masks").iterdir())
+
+
+def test_evaluate_with_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no_run" in fails(capsys, "evaluate", tmp_path / "no_run")
+
+
+def test_full_disk_is_one_line(png: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "leaves.png")
+
+    monkeypatch.setattr("foveate.tasks.figures.save_picture", full)
+    assert main(["inspect", str(png), "--out", "leaves.png"]) == 2
+    assert capsys.readouterr().err == "foveate: error: No space left on device: leaves.png\n"
+
+
+def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, png: Path) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("foveate.io.image.read_image", stop)
+    assert main(["inspect", str(png)]) == 130
+    err = capsys.readouterr().err
+    assert err.startswith("foveate: interrupted")
+    assert err.count("\n") == 1
+
+
+def test_bench_needs_the_source(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.__file__", "/nowhere/src/foveate/__init__.py")
+    monkeypatch.chdir("/")
+    assert "clone the repository" in fails(capsys, "bench", "trees")
