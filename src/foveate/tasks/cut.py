@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from foveate.geometry.leaves import Leaves, uniform_leaves
@@ -11,7 +12,7 @@ from foveate.tasks.settings import TreeConfig
 
 
 def cut(
-    image: Tensor | np.ndarray[Any, Any],
+    image: Tensor | NDArray[Any],
     tree: TreeConfig,
     patch_size: int,
     spacing: tuple[float, ...] | None = None,
@@ -50,7 +51,7 @@ def cut(
     )
 
 
-def blurred(image: Tensor | np.ndarray[Any, Any], sigma: float) -> Float[np.ndarray[Any, Any], "C *S"]:
+def blurred(image: Tensor | NDArray[Any], sigma: float) -> Float[NDArray[Any], "C *S"]:
     """The image after a Gaussian, as float32: what the measure sees, never what the model sees.
 
     Photographic noise has detail everywhere; a blur of about its grain lets the budget go to structure instead.

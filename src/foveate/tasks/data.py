@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Shaped, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,7 +26,7 @@ from foveate.tasks.settings import DataConfig, FitConfig
 IGNORE = 255
 """Label of pixels that neither the loss nor a score looks at."""
 
-NumpyArray = np.ndarray[Any, Any]
+NumpyArray = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,13 +189,7 @@ def read_item(item: Item, data: DataConfig) -> tuple[NumpyArray, NumpyArray | No
     image = read_pixels(item, data)
     if item.mask is None:
         return image, None
-    labels = read_labels(item, data)
-    if labels.shape != image.shape[1:]:
-        raise FormatError(
-            f"{item.mask} is {_by(labels.shape)} pixels but {item.image} is {_by(image.shape[1:])}: "
-            "give a mask of the image's size"
-        )
-    return image, labels
+    return image, read_labels(item, data, image.shape[1:])
 
 
 def read_pixels(item: Item, data: DataConfig) -> Shaped[NumpyArray, "C *S"]:
@@ -208,20 +203,21 @@ def read_pixels(item: Item, data: DataConfig) -> Shaped[NumpyArray, "C *S"]:
     return with_channels(read_image(item.image, max_pixels=data.max_pixels), data.channels, str(item.image))
 
 
-def read_labels(item: Item, data: DataConfig) -> UInt8[NumpyArray, "*S"]:
+def read_labels(item: Item, data: DataConfig, shape: tuple[int, ...] | None = None) -> UInt8[NumpyArray, "*S"]:
     """The labels of an item, by the declared classes.
 
+    Args:
+        item: an item with a mask.
+        data: the classes.
+        shape: spatial shape of the image, which the mask must have.
+
     Raises:
-        FormatError: the file is unreadable, or holds values that no class names.
+        FormatError: the file is unreadable, has another size, or holds values that no class names.
     """
     from foveate.io.masks import ClassTable, read_mask
 
     assert item.mask is not None
-    return read_mask(item.mask, ClassTable(data.classes), max_pixels=data.max_pixels)
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(str(side) for side in shape)
+    return read_mask(item.mask, ClassTable(data.classes, data.unknown), shape=shape, max_pixels=data.max_pixels)
 
 
 def with_channels(image: Shaped[NumpyArray, "c *S"], channels: int, name: str) -> Shaped[NumpyArray, "C *S"]:

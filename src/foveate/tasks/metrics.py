@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Integer, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 from foveate.errors import ConfigError, ShapeError
 from foveate.geometry.leaves import Leaves
-from foveate.geometry.patches import patchify_mask, unpatchify
+from foveate.geometry.paint import unpatchify
+from foveate.geometry.patches import patchify_mask
 
 IGNORE = 255
-NumpyArray = np.ndarray[Any, Any]
+NumpyArray = NDArray[Any]
 MEASURES = ("dice", "iou", "hd95")
 
 
@@ -61,7 +63,7 @@ class PixelMetrics:
         self._pixels = np.zeros((len(self.class_names), 3), dtype=np.int64)
 
     def update(
-        self, name: str, predicted: Int[NumpyArray | Tensor, "*S"], truth: Int[NumpyArray | Tensor, "*S"]
+        self, name: str, predicted: Integer[NumpyArray | Tensor, "*S"], truth: Integer[NumpyArray | Tensor, "*S"]
     ) -> dict[str, Any]:
         """Score one image and remember the result.
 
@@ -222,7 +224,7 @@ def paint_labels(
 
 
 def ceiling(
-    labels: Int[Tensor, "*S"], leaves: Leaves, patch_size: int, num_classes: int, mode: str = "smooth"
+    labels: Integer[Tensor, "*S"], leaves: Leaves, patch_size: int, num_classes: int, mode: str = "smooth"
 ) -> tuple[float, ...]:
     """Dice of the true mask after it is encoded and decoded by the tree: the best any model on this tree can do.
 

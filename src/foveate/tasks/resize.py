@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped
+from numpy.typing import NDArray
 from torch import Tensor
 
-NumpyArray = np.ndarray[Any, Any]
+NumpyArray = NDArray[Any]
 
 
 def limited_shape(shape: tuple[int, ...], max_side: int | None) -> tuple[int, ...]:

@@ -109,8 +109,9 @@ class DataConfig:
     manifest_id: str = "id"
     """Column of the manifest that holds the stem where there is no image column; files are then found by ``images``."""
     classes: dict[str, ClassRule] = field(default_factory=lambda: {"foreground": ">=1"})
-    """Name of each class and the mask values that mean it. Everything that is class 0 is background, which need not be
-    named; names count from 1 in the order they are written."""
+    """Name of each class and the mask values that mean it: a value, a comparison, a colour, or a list of them.
+    ``background`` is class 0 and need not be named; the others count from 1 in the order they are written; what is
+    named ``ignore`` is neither learned nor scored."""
     unknown: str = "error"
     """What a mask value that no class names is: ``error``, ``ignore`` (no loss, no score) or ``background``."""
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -138,7 +139,7 @@ class DataConfig:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of all classes by label, background first."""
-        return ("background", *(name for name in self.classes if name != "background"))
+        return ("background", *(name for name in self.classes if name not in ("background", "ignore")))
 
     @property
     def num_classes(self) -> int:
