@@ -9,7 +9,7 @@ from tiny_run import tiny_config, write_disc, write_discs
 
 from foveate.errors import ConfigError, FormatError
 from foveate.geometry.leaves import uniform_leaves
-from foveate.geometry.patches import unpatchify
+from foveate.geometry.paint import unpatchify
 from foveate.tasks.data import SegmentationData
 from foveate.tasks.items import Item
 from foveate.tasks.predict import find_inputs, load_model, paint, predict, segment

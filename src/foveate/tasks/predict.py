@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from foveate.errors import ConfigError, FormatError, FoveateError
 from foveate.geometry.leaves import Leaves
-from foveate.geometry.patches import Patches, patchify, unpatchify
+from foveate.geometry.paint import unpatchify
+from foveate.geometry.patches import Patches, patchify
 from foveate.tasks.config import FitConfig, load_config
 from foveate.tasks.cut import cut
 from foveate.tasks.data import SegmentationData
