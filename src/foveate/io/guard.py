@@ -1,6 +1,7 @@
 """What every reader checks before it believes a file: what it is, how large it says it is, what it holds."""
 
 import struct
+import tokenize
 import zlib
 from math import prod
 from pathlib import Path
@@ -31,6 +32,7 @@ DECODER_ERRORS = (
     MemoryError,
     RuntimeError,
     struct.error,
+    tokenize.TokenError,
     zlib.error,
 )
 
@@ -97,14 +99,14 @@ def check_size(path: Path, shape: tuple[int, ...], channels: int, max_pixels: in
         channels: Number of channels that the header declares.
         max_pixels: Most pixels (voxels) allowed; ``channels`` may be up to 4 for each of them.
     """
-    size = " x ".join(str(side) for side in (*shape, channels))
+    size = " x ".join(map(str, shape)) + f" pixels of {channels} channel" + "s" * (channels != 1)
     if min((*shape, channels)) < 1:
-        raise bad_file(path, f"declares a size of {size} (last: channels); every side must be at least 1")
+        raise bad_file(path, f"declares {size}; every side must be at least 1")
     if prod(shape) > max_pixels or prod(shape) * channels > CHANNELS_PER_PIXEL * max_pixels:
         needed = max(prod(shape), -(-prod(shape) * channels // CHANNELS_PER_PIXEL))
         raise bad_file(
             path,
-            f"declares {size} samples (last: channels), above the limit of {max_pixels} pixels; "
+            f"declares {size}, above the limit of {max_pixels} pixels; "
             f"if you trust the file, pass --max-pixels {needed} (max_pixels={needed})",
         )
 

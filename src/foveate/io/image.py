@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from foveate.errors import FormatError
+from foveate.errors import FoveateError
 from foveate.io.colour import flatten_alpha, upright
 from foveate.io.guard import (
-    CHANNELS_PER_PIXEL,
     DECODER_ERRORS,
     DEFAULT_MAX_PIXELS,
     Want,
@@ -82,9 +81,7 @@ def load(path: Path, *, axes: str | None, max_pixels: int, want: Want) -> Array:
     kind = sniff(path)
     orientation = 1
     if kind == "npy":
-        raw = _read_npy(path, max_pixels)
-        found = axes or _guess_axes(path, raw.shape)
-        check_axes(path, raw.shape, found)
+        raw, found = _read_npy(path, axes, max_pixels)
     elif kind == "tiff":
         from foveate.io.tiff import read_tiff
 
@@ -105,16 +102,16 @@ def _read_flat(path: Path, kind: str, max_pixels: int, want: Want) -> tuple[Arra
         with _QUIET, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = _PLUGINS[kind](BytesIO(data))
-        check_size(path, (image.height, image.width), len(image.getbands()), max_pixels)
-        frames = int(getattr(image, "n_frames", 1))
+            check_size(path, (image.height, image.width), len(image.getbands()), max_pixels)
+            frames = int(getattr(image, "n_frames", 1))
         if frames > 1:
             raise bad_file(path, f"is animated ({frames} frames); save the frame that you mean as PNG")
         image.load()
         orientation = _orientation(image)
         pixels = _deep_png(data) if depth == 16 else _samples(image, want)
-    except FormatError:
+    except FoveateError:
         raise
-    except DECODER_ERRORS as error:
+    except (*DECODER_ERRORS, Image.DecompressionBombError) as error:
         raise undecodable(path, kind, error) from None
     if want == "values" and image.mode == "L" and depth in (2, 4):
         pixels = pixels // np.uint8(255 // (2**depth - 1))  # pillow spreads few bits over 0..255
@@ -182,7 +179,7 @@ def _deep_png(data: bytes) -> Array:
     return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
 
 
-def _read_npy(path: Path, max_pixels: int) -> Array:
+def _read_npy(path: Path, axes: str | None, max_pixels: int) -> tuple[Array, str]:
     """Reads an array whose header was checked against the file's size; objects, which could run code, are refused."""
     try:
         with path.open("rb") as file:
@@ -190,19 +187,23 @@ def _read_npy(path: Path, max_pixels: int) -> Array:
             shape, _, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
             if dtype.kind not in "biuf":
                 raise bad_file(path, f"holds {dtype} values; save integers or floats")
-            if any(side < 1 for side in shape) or not 2 <= len(shape) <= 4:
-                raise bad_file(path, f"holds an array of shape {shape}; save 2 to 4 axes, none of them empty")
-            check_size(path, shape, 1, CHANNELS_PER_PIXEL * max_pixels)
+            if not 2 <= len(shape) <= 4:
+                raise bad_file(path, f"holds an array of shape {shape}; save 2 to 4 axes")
+            axes = axes or _guess_axes(path, shape)
+            check_axes(path, shape, axes)
+            channels = shape[axes.index("C")] if "C" in axes else 1
+            spatial = tuple(side for side, axis in zip(shape, axes, strict=True) if axis != "C")
+            check_size(path, spatial, channels, max_pixels)
             missing = file.tell() + prod(shape) * dtype.itemsize - path.stat().st_size
             if missing > 0:
                 raise bad_file(path, f"truncated NPY ({missing} bytes are missing); fetch or export the file again")
             file.seek(0)
             array = npy.read_array(file, allow_pickle=False)
-    except FormatError:
+    except FoveateError:
         raise
     except DECODER_ERRORS as error:
         raise undecodable(path, "npy", error) from None
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    return (array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))), axes
 
 
 def _guess_axes(path: Path, shape: tuple[int, ...]) -> str:

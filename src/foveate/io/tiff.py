@@ -1,6 +1,7 @@
 """TIFF: every bit depth, chunky and planar, palettes, stacks of pages, OME, ImageJ; damage is found, not filled in."""
 
 import logging
+import struct
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ _SPATIAL = {"Z": "D", "Q": "D", "I": "D", "Y": "H", "X": "W"}
 _PREMULTIPLIED, _ALPHA = 1, 2
 _CHANNEL = {"C": "C", "S": "C"}
 _SLIDES = {"svs", "ndpi", "scn", "bif", "philips", "avs", "qpi", "ventana"}
+_MAX_PAGES = 65536
+_MAX_TAGS = 4096
+_TAG_SIZE = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8, 0])  # bytes by type of tag
 _MAX_TILE = 2**24  # samples of one storage block that need no larger image around them
 
 # tifffile reports through logging; what matters to us is checked below, the rest belongs to whoever configures logging.
@@ -36,6 +40,7 @@ def read_tiff(path: Path, *, axes: str | None, max_pixels: int, want: Want) -> t
     import tifffile
 
     try:
+        _check_chain(path)
         with tifffile.TiffFile(path, _multifile=False) as file:
             series = _single_series(path, file)
             kept, names = _axes(path, series, axes)
@@ -51,6 +56,36 @@ def read_tiff(path: Path, *, axes: str | None, max_pixels: int, want: Want) -> t
     if not pixels.dtype.isnative:
         pixels = pixels.astype(pixels.dtype.newbyteorder("="))
     return pixels, names, orientation if 1 <= orientation <= 8 and "D" not in names else 1
+
+
+def _check_chain(path: Path) -> None:
+    """Walks the pages and their tags once: a chain that is cut off would pass for a shorter stack or for plain pages.
+
+    It also finds chains that run in a circle, and spares the decoder absurd numbers of pages.
+    """
+    file_size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(16)
+        order, big = ("<" if head[:2] == b"II" else ">"), b"+" in head[2:4]
+        count, offset, word = ("Q", "Q", "u8") if big else ("H", "I", "u4")
+        entry = np.dtype(
+            [("tag", f"{order}u2"), ("kind", f"{order}u2")] + [(f, order + word) for f in ("count", "value")]
+        )
+        (at,) = struct.unpack_from(order + offset, head, 8 if big else 4)
+        seen: set[int] = set()
+        while at:
+            if at in seen or len(seen) == _MAX_PAGES:
+                what = "the pages run in a circle" if at in seen else f"there are more than {_MAX_PAGES} pages"
+                raise undecodable(path, "tiff", EOFError(what))
+            seen.add(at)
+            file.seek(at)
+            (number,) = struct.unpack(order + count, file.read(struct.calcsize(count)))
+            tags = np.frombuffer(file.read(min(number, _MAX_TAGS) * entry.itemsize), entry, min(number, _MAX_TAGS))
+            (at,) = struct.unpack(order + offset, file.read(struct.calcsize(offset)))
+            sizes = tags["count"].astype(np.float64) * _TAG_SIZE[np.minimum(tags["kind"], len(_TAG_SIZE) - 1)]
+            apart = sizes > struct.calcsize(offset)
+            if (tags["value"][apart].astype(np.float64) + sizes[apart] > file_size).any():
+                raise undecodable(path, "tiff", EOFError("the description of a page lies past the end of the file"))
 
 
 def _single_series(path: Path, file: Any) -> Any:
