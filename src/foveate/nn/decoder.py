@@ -14,7 +14,7 @@ from torch.nn import functional
 from foveate.errors import ConfigError, ShapeError
 from foveate.geometry.leaves import Leaves
 from foveate.geometry.patches import Patches
-from foveate.nn.halo import HaloConv, HaloMaps, by_chunks
+from foveate.nn.halo import HaloConv, HaloMaps, by_chunks, halo_pad
 
 MAX_RANK = 128  # of a skip from tokens to samples: D x C x p^N weights would dwarf the encoder in 3-D
 
@@ -79,7 +79,8 @@ class TokenDecoder(nn.Module):
         channels: C at full resolution; doubles with every halving, up to ``width``.
 
     Cost: per sample about 2 * 3^N * C^2 FLOPs at full resolution and as much or less again at each coarser stage;
-    memory without gradient is one C-channel map of the samples plus half of it. Image size does not enter.
+    memory without gradient is two 2C-channel maps at half resolution, a quarter of the samples. Image size does not
+    enter.
 
     Source: UNETR (arXiv 2103.10504, section 3.1). **Differs**: no dense grid; normalisation per sample over channels
     (batch-invariant) instead of instance norm; sub-pixel linear maps instead of stacks of transposed convolutions.
@@ -146,8 +147,7 @@ class TokenDecoder(nn.Module):
             last = step == len(self.stages) - 1
             x_RC = stage(x_RC, skips, patches.pixels if last else None, scale_TN, maps, self.head if last else None)
         assert x_RC is not None
-        grid = x_RC.view(len(scale_TN), *(self.patch_size,) * self.num_dims, self.num_classes)
-        return grid.movedim(-1, 1).contiguous()
+        return x_RC.view(len(scale_TN), self.num_classes, *(self.patch_size,) * self.num_dims)
 
 
 class _Stage(nn.Module):
@@ -169,6 +169,7 @@ class _Stage(nn.Module):
         maps: HaloMaps,
         head: nn.Module | None,
     ) -> Tensor:
+        """Rows "T*S C" of this resolution; logits "T K S" when a head is given."""
         num_leaves, samples = len(scale_TN), self.side**self.num_dims
         index_TH = maps.at(self.side)
         pixel_rows = None if pixels is None else pixels.movedim(1, -1).reshape(-1, pixels.shape[1])
@@ -180,16 +181,85 @@ class _Stage(nn.Module):
                 parts.append(_double(self.up(below_RC[rows]), self.side // 2, self.num_dims))
             if self.stem is not None and pixel_rows is not None:
                 parts.append(self.stem(pixel_rows, index_TH[start:stop], scale_TN[start:stop]))
-            return torch.stack(parts).sum(0) if len(parts) > 2 else sum(parts[1:], parts[0])
+            total: Tensor = sum(parts[1:], parts[0])
+            return total
+
+        def finish(own_RC: Tensor, padded_nHC: Tensor, scale_nN: Tensor) -> Tensor:
+            out_RC: Tensor = own_RC + self.block.activate(
+                self.block.conv.convolve(padded_nHC), self.block.modulation(scale_nN)
+            )
+            return out_RC if head is None else head(out_RC).view(len(scale_nN), samples, -1).transpose(1, 2)
+
+        if below_RC is not None and pixel_rows is not None and not torch.is_grad_enabled():
+            around = _Around(self, below_RC, pixel_rows, index_TH, scale_TN)
+
+            def stream(start: int, stop: int) -> Tensor:
+                own_RC = merge(start, stop)
+                return finish(own_RC, around.pad(own_RC, start, stop), scale_TN[start:stop])
+
+            return by_chunks(stream, num_leaves, samples, self.channels)
 
         x_RC = by_chunks(merge, num_leaves, samples, self.channels)
 
         def refine(start: int, stop: int) -> Tensor:
             own_RC = x_RC[start * samples : stop * samples]
-            out_RC: Tensor = own_RC + self.block(x_RC, index_TH[start:stop], scale_TN[start:stop])
-            return out_RC if head is None else head(out_RC)
+            return finish(own_RC, halo_pad(x_RC, index_TH[start:stop]), scale_TN[start:stop])
 
-        return by_chunks(refine, num_leaves, samples, self.channels)
+        joined = by_chunks(refine, num_leaves, samples, self.channels)
+        return joined if head is None else joined.contiguous()
+
+
+class _Around:
+    """The full-resolution samples around a chunk of leaves, made again from what they come from.
+
+    Without gradient the widest map of the decoder then never exists as a whole: half the memory for a few percent of
+    the time.
+    """
+
+    def __init__(self, stage: _Stage, below_RC: Tensor, pixel_rows: Tensor, index_TH: Tensor, scale_TN: Tensor) -> None:
+        self.stage, self.below_RC, self.pixel_rows = stage, below_RC, pixel_rows
+        self.index_TH = index_TH
+        assert stage.stem is not None
+        self.modulation_TC: Tensor = stage.stem.modulation(scale_TN)
+        num, side, device = stage.num_dims, stage.side, index_TH.device
+        padded = torch.arange((side + 2) ** num, device=device).view(*(side + 2,) * num)
+        inner = padded[(slice(1, -1),) * num].flatten()
+        rim = torch.ones(len(padded.flatten()), dtype=torch.bool, device=device)
+        rim[inner] = False
+        self.inner, self.rim = inner, padded.flatten()[rim]
+        near = padded
+        for axis in range(num):
+            near = near.unfold(axis, 3, 1)
+        self.near_SJ = near.reshape(side**num, 3**num)
+        at_SN = torch.cartesian_prod(*(torch.arange(side, device=device),) * num)
+        powers = torch.arange(num - 1, -1, -1, device=device)
+        self.parent_S = (at_SN // 2 * (side // 2) ** powers).sum(-1)
+        self.part_S = (at_SN % 2 * 2**powers).sum(-1)
+
+    def pad(self, own_RC: Tensor, start: int, stop: int) -> Tensor:
+        """The samples of the leaves start..stop with one sample of their neighbours around them, "n H C"."""
+        stage = self.stage
+        rows_M = self.index_TH[start:stop, self.rim].flatten()
+        padded = own_RC.new_empty((stop - start, self.index_TH.shape[1], stage.channels))
+        padded.index_copy_(1, self.inner, own_RC.view(stop - start, -1, stage.channels))
+        around_MC = self._make(rows_M.clamp_min(0)).masked_fill_((rows_M < 0)[:, None], 0.0)
+        return padded.index_copy_(1, self.rim, around_MC.to(padded.dtype).view(stop - start, -1, stage.channels))
+
+    def _make(self, rows_M: Tensor) -> Tensor:
+        stage, samples = self.stage, len(self.near_SJ)
+        assert stage.up is not None
+        assert stage.stem is not None
+        leaf_M, sample_M = rows_M // samples, rows_M % samples
+        parent_M = leaf_M * (samples >> stage.num_dims) + self.parent_S.index_select(0, sample_M)
+        wide = stage.up(self.below_RC.index_select(0, parent_M)).view(-1, stage.channels)
+        part_M = torch.arange(0, len(wide), 2**stage.num_dims, device=rows_M.device)
+        up = wide.index_select(0, part_M + self.part_S.index_select(0, sample_M))
+        near_MJ = (leaf_M * self.index_TH.shape[1])[:, None] + self.near_SJ.index_select(0, sample_M)
+        near_MJ = self.index_TH.view(-1).index_select(0, near_MJ.flatten()).view_as(near_MJ)
+        near = halo_pad(self.pixel_rows, near_MJ).flatten(1)
+        stem = functional.linear(near, stage.stem.conv.rows_weight(), stage.stem.conv.bias)
+        made: Tensor = up + stage.stem.activate(stem, self.modulation_TC.index_select(0, leaf_M))
+        return made
 
 
 class _HaloBlock(nn.Module):
@@ -205,9 +275,12 @@ class _HaloBlock(nn.Module):
         self.modulation = nn.Sequential(nn.Linear(num_dims, 16), nn.GELU(), modulate)
 
     def forward(self, x_RC: Tensor, index_TH: Tensor, scale_TN: Tensor) -> Tensor:
-        y_RC = self.norm(self.conv(x_RC, index_TH))
-        gain_T1C, shift_T1C = self.modulation(scale_TN)[:, None].chunk(2, dim=-1)
-        y_TSC = y_RC.view(len(index_TH), -1, y_RC.shape[1])
+        return self.activate(self.conv(x_RC, index_TH), self.modulation(scale_TN))
+
+    def activate(self, y_RC: Tensor, modulation_TC: Tensor) -> Tensor:
+        """Norm, modulation (gains, then shifts), GELU; as many rows for each row of ``modulation_TC``."""
+        y_TSC = self.norm(y_RC).view(len(modulation_TC), -1, y_RC.shape[1])
+        gain_T1C, shift_T1C = modulation_TC[:, None].chunk(2, dim=-1)
         return functional.gelu(torch.addcmul(shift_T1C, y_TSC, 1 + gain_T1C)).view_as(y_RC)
 
 
