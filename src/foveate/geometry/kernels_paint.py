@@ -4,28 +4,27 @@ Every loop visits the leaves of a window and writes their pixels in it; nothing 
 
 Legend: L leaves, K channels of the result, P patch_size; shapes are (..., z, y, x).
 """
+# no_type_check: the shape checker of the tests must not wrap what is compiled
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
-from typing import Any
+from typing import no_type_check
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
-
-Array = NDArray[Any]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _first_pixels(size: int, patch: int, edge: Array) -> None:  # pragma: no cover - compiled
+@njit(cache=True, nogil=True)
+@no_type_check
+def _first_pixels(size, patch, edge):
     """Write, for each sample, the first pixel of the leaf whose centre lies on it, and the leaf's end."""
     for j in range(patch + 1):
         edge[j] = max(0, -((patch - 2 * size * j) // (2 * patch)))
     edge[patch] = size
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def index_paint(
-    start: Array, size: Array, stop: Array, patch: Array, origin: Array, out: Array
-) -> None:  # pragma: no cover - compiled
+@njit(cache=True, nogil=True)
+@no_type_check
+def index_paint(start, size, stop, patch, origin, out):
     """Write, for every pixel of a window, the flat index of the sample under its centre."""
     pz, py, px = patch
     edge = np.zeros(px + 1, np.int64)
@@ -49,10 +48,9 @@ def index_paint(
                         line[x] = base + j
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def nearest_paint(
-    pixels: Array, start: Array, size: Array, stop: Array, which: Array, origin: Array, out: Array
-) -> None:  # pragma: no cover - compiled
+@njit(cache=True, nogil=True)
+@no_type_check
+def nearest_paint(pixels, start, size, stop, which, origin, out):
     """Write, for every pixel of a window, the sample under its centre."""
     pz, py, px = pixels.shape[2:]
     edge = np.zeros(px + 1, np.int64)
@@ -83,18 +81,18 @@ def nearest_paint(
                             line[x] = value
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _between(offset: int, size: int, patch: int, rim: int, one: Any) -> tuple[int, Any]:  # pragma: no cover - compiled
+@njit(cache=True, nogil=True)
+@no_type_check
+def _between(offset, size, patch, rim, one):
     """Return the halo sample before a pixel's centre, and the way to the next one as a share of ``one``."""
     twice = (2 * offset + 1) * patch - size
     low = twice // (2 * size)
     return low + rim, one * (twice - 2 * size * low) / (2 * size)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def smooth_paint(
-    pixels: Array, halo: Array, start: Array, size: Array, stop: Array, which: Array, origin: Array, out: Array
-) -> None:  # pragma: no cover - compiled
+@njit(cache=True, nogil=True)
+@no_type_check
+def smooth_paint(pixels, halo, start, size, stop, which, origin, out):
     """Write, for every pixel of a window, the linear interpolation between the centres of samples and halo samples."""
     num_chans = pixels.shape[1]
     one = np.ones(1, pixels.dtype)[0]

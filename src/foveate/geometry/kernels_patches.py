@@ -6,20 +6,18 @@ in units of 1/P (area) or 1/2P (linear) of a pixel. The eager twins lie beside t
 Legend: L leaves, C channels, K classes, P patch_size; shapes are (..., z, y, x); ``taps`` are the pixels of a sample
 along one axis.
 """
+# no_type_check: the shape checker of the tests must not wrap what is compiled
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
-from typing import Any
+from typing import no_type_check
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
-
-Array = NDArray[Any]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def area_gather(
-    image: Array, start: Array, stop: Array, ratio: Array, which: Array, row: Array, out: Array
-) -> None:  # pragma: no cover - compiled
+@njit(cache=True, nogil=True)
+@no_type_check
+def area_gather(image, start, stop, ratio, which, row, out):
     """Write the area means of leaves whose size is a whole multiple of P; border samples count valid pixels only.
 
     ``row`` is scratch of the longest leaf, in the type in which sums are exact. Samples wholly outside the image
@@ -57,18 +55,9 @@ def area_gather(
                     out[leaf, c, k, i, kx:] = out[leaf, c, k, i, kx - 1]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def taps_gather(
-    image: Array,
-    start: Array,
-    kind: Array,
-    which: Array,
-    first: Array,
-    count: Array,
-    weight: Array,
-    zero: Any,
-    out: Array,
-) -> None:  # pragma: no cover - compiled
+@njit(cache=True, nogil=True)
+@no_type_check
+def taps_gather(image, start, kind, which, first, count, weight, zero, out):
     """Write weighted means for any ratio of leaf size to P, up or down.
 
     ``first``, ``count`` [3, U, P] and ``weight`` [3, U, P, taps] describe each kind of axis; ``kind`` [L, 3] says
@@ -95,18 +84,9 @@ def taps_gather(
                         out[leaf, c, k, i, j] = total / norm
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def mask_gather(
-    mask: Array,
-    start: Array,
-    kind: Array,
-    first: Array,
-    count: Array,
-    weight: Array,
-    ignore: int,
-    soft: Array,
-    known: Array,
-) -> int:  # pragma: no cover - compiled
+@njit(cache=True, nogil=True)
+@no_type_check
+def mask_gather(mask, start, kind, first, count, weight, ignore, soft, known):
     """Write the share of each class in each sample, and which part of the sample is labelled.
 
     Returns -1, or the first label that is neither a class nor ``ignore``, less one when it is negative.
@@ -140,10 +120,9 @@ def mask_gather(
     return -1
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _find(
-    point: Array, codes: Array, order: Array, least: Array, bit_axis: Array, roots: Array
-) -> int:  # pragma: no cover - compiled
+@njit(cache=True, nogil=True)
+@no_type_check
+def _find(point, codes, order, least, bit_axis, roots):
     """Return the leaf whose run of codes starts at or before the code of the cell under a pixel, -1 off the grid."""
     root = 0
     code = 0
@@ -162,21 +141,9 @@ def _find(
     return order[slot] if slot >= 0 else -1
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def halo_gather(
-    start: Array,
-    size: Array,
-    which: Array,
-    patch: Array,
-    codes: Array,
-    order: Array,
-    least: Array,
-    bit_axis: Array,
-    roots: Array,
-    shape: Array,
-    repeat: bool,
-    out: Array,
-) -> None:  # pragma: no cover - compiled
+@njit(cache=True, nogil=True)
+@no_type_check
+def halo_gather(start, size, which, patch, codes, order, least, bit_axis, roots, shape, repeat, out):
     """Write the flat sample index under every cell of each leaf's grid of samples, padded by one sample."""
     rim = np.array([(out.shape[1 + axis] - patch[axis]) // 2 for axis in range(3)])
     point, place, twice = np.zeros(3, np.int64), np.zeros(3, np.int64), np.zeros(3, np.int64)
@@ -210,8 +177,9 @@ def halo_gather(
                     out[n, k, i, j] = flat
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _holds(leaf: int, point: Array, start: Array, size: Array) -> bool:  # pragma: no cover - compiled
+@njit(cache=True, nogil=True)
+@no_type_check
+def _holds(leaf, point, start, size):
     if leaf < 0:
         return False
     for axis in range(3):
