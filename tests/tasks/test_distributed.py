@@ -22,7 +22,7 @@ def worker(rank: int, port: int, folder: str, num_items: int, accumulate: int) -
     }
     task = ToyTask(dtype=torch.float64, num_items=num_items)
     config = toy_config(epochs=3, batch_size=2, accumulate=accumulate, clip=0.5)
-    loop = Loop(task, config, Path(folder), cpu=True)
+    loop = Loop(task, config, Path(folder))
     assert (loop.rank, loop.world) == (rank, 2)
     result = loop.run()
     torch.save({"weights": task.model.state_dict(), "step": result.position.step}, f"{folder}/rank{rank}.pt")
@@ -44,7 +44,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path, num_items: int, a
     task = ToyTask(dtype=torch.float64, num_items=num_items)
     (tmp_path / "one").mkdir()
     config = toy_config(epochs=3, batch_size=4, accumulate=accumulate, clip=0.5)
-    one = Loop(task, config, tmp_path / "one", cpu=True).run()
+    one = Loop(task, config, tmp_path / "one").run()
     assert two[0]["step"] == two[1]["step"] == one.position.step
     for name, value in task.model.state_dict().items():
         assert torch.equal(two[0]["weights"][name], two[1]["weights"][name])

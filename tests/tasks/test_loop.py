@@ -20,7 +20,7 @@ def weights(task: ToyTask) -> torch.Tensor:
 
 def train(task: ToyTask, folder: Path, *, resume: bool = False, **changes: object) -> str:
     folder.mkdir(exist_ok=True)
-    return Loop(task, toy_config(**changes), folder, resume=resume, cpu=True).run().reason
+    return Loop(task, toy_config(**changes), folder, resume=resume).run().reason
 
 
 def test_epochs_end_and_checkpoints_exist(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_limits(tmp_path: Path) -> None:
 def test_best_is_kept_when_scores_fall(tmp_path: Path) -> None:
     task = ToyTask()
     task.scores = iter([1, 5, 2, 3])
-    result = Loop(task, toy_config(), tmp_path, cpu=True).run()
+    result = Loop(task, toy_config(), tmp_path).run()
     assert result.position.best == 5
     assert result.position.best_step == 8
     best = ToyTask()

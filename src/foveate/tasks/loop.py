@@ -6,6 +6,7 @@ nor how many tokens an image has changes the gradient. A mean per process would 
 """
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -94,15 +95,14 @@ class Loop:
         config: Limits, optimizer and precision.
         folder: Run folder; ``checkpoints`` and ``metrics.jsonl`` are kept in it.
         resume: Continue from ``checkpoints/last`` where there is one.
-        cpu: Stay on the CPU even where an accelerator is present.
     """
 
-    def __init__(self, task: Task, config: TrainConfig, folder: Path, *, resume: bool = False, cpu: bool = False):
+    def __init__(self, task: Task, config: TrainConfig, folder: Path, *, resume: bool = False):
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         # unused parameters are legal (a class token behind the last block), DDP must be told to look for them
         handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[handler])
+        self.accelerator = Accelerator(cpu=on_cpu(), mixed_precision="no", kwargs_handlers=[handler])
         self.task, self.config, self.folder = task, config, folder
         self.position = Position()
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -314,6 +314,15 @@ class Loop:
             }
             save_checkpoint(self.folder / "checkpoints" / "last", self.task.save, state)
         self.accelerator.wait_for_everyone()
+
+
+def on_cpu() -> bool:
+    """True where training stays on the CPU: there is no accelerator, or ``ACCELERATE_USE_CPU`` says so.
+
+    accelerate has to be told: of several processes without an accelerator it would make as many lonely ones.
+    """
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes", "on"}
+    return asked or not torch.accelerator.is_available()
 
 
 def batch_plan(num_items: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ from foveate.tasks.checkpoint import find_checkpoint
 from foveate.tasks.config import FitConfig, save_config
 from foveate.tasks.data import Batch, Sample, SegmentationData, collate
 from foveate.tasks.items import find_items, split_items
-from foveate.tasks.loop import Loop, LoopResult
+from foveate.tasks.loop import Loop, LoopResult, on_cpu
 from foveate.tasks.losses import leaf_loss
 from foveate.tasks.metrics import PixelMetrics, mean_known
 from foveate.tasks.predict import SETTINGS, paint, segment
@@ -208,7 +208,7 @@ def fit(config: FitConfig, *, resume: bool = False, overwrite: bool = False) -> 
     from accelerate import PartialState
 
     task = build_task(config)
-    state = PartialState()
+    state = PartialState(cpu=on_cpu())
     with state.main_process_first():
         folder = open_run(config, resume=resume, overwrite=overwrite, active=state.is_main_process)
     there = find_checkpoint(folder / CHECKPOINTS / "last") is not None if resume else False
