@@ -119,7 +119,7 @@ def test_plan_finds_the_gain_on_a_sparse_set(tmp_path: Path) -> None:
         for one, two in zip(image.adaptive, image.uniform, strict=True)
     )
     assert list(image.adaptive) == sorted(leaves for leaves in image.adaptive if leaves is not None)
-    assert "saves leaves" in plan.verdict
+    assert "saves leaves at 0.9, 0.95, 0.99" in plan.verdict
     assert "one" in plan.to_text()
 
 

@@ -22,6 +22,9 @@ from foveate.tasks.settings import DataConfig, FitConfig
 ERRORS = ("unreadable image", "unreadable mask", "size mismatch", "duplicate across splits")
 """Findings that make training or its score wrong; the others are notes."""
 
+GAIN = 1.2
+"""Uniform over adaptive leaves from which a plan speaks of a gain; below, the trees' own cost is not worth it."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -137,7 +140,7 @@ class _Census:
         self.images_with[split] += counts[: self.data.num_classes] > 0
         if counts[IGNORE]:
             self.note(
-                "ignored pixels", item.name, f"{counts[IGNORE] / labels.size:.2%} have no class and are not scored"
+                "ignored pixels", item.name, f"{counts[IGNORE]} of {labels.size} have no class and are not scored"
             )
         if not counts[1 : self.data.num_classes].any():
             self.note("background only", item.name, "the mask holds no class")
@@ -253,20 +256,15 @@ class DataPlan:
                 f"no target is reached with leaves of {self.min_size} px and P={self.patch_size}: lower tree.min_size, "
                 "raise the patch size, or keep more of the image (data.max_side)"
             )
-        middles = [median(ratios) for _, ratios in found]
         parts = ", ".join(
-            f"{middle:.2g}x at {target:g} ({ratios[0]:.2g} to {ratios[-1]:.2g})"
-            for (target, ratios), middle in zip(found, middles, strict=True)
+            f"{median(ratios):.2g}x at {target:g} ({ratios[0]:.2g} to {ratios[-1]:.2g})" for target, ratios in found
         )
-        best = max(middles)
-        word = (
-            "saves leaves"
-            if best >= 1.5
-            else "gains little"
-            if best >= 1.1
-            else "has nothing to gain: use tree.uniform"
-        )
-        return f"adaptive patching {word}; uniform / adaptive leaves at equal ceiling, median and range: {parts}"
+        gains = [f"{target:g}" for target, ratios in found if median(ratios) >= GAIN]
+        rest = [f"{target:g}" for target, ratios in found if median(ratios) < GAIN]
+        word = f"saves leaves at {', '.join(gains)}" if gains else "has nothing to gain here: use tree.uniform"
+        if gains and rest:
+            word += f" and has nothing to gain at {', '.join(rest)}"
+        return f"adaptive patching {word} (uniform / adaptive leaves at equal ceiling, median and range: {parts})"
 
     def to_text(self) -> str:
         """The plan as plain text: a table of images and the verdict."""
