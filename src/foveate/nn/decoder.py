@@ -17,6 +17,7 @@ from foveate.geometry.patches import Patches
 from foveate.nn.halo import HaloConv, HaloMaps, by_chunks, halo_pad
 
 MAX_RANK = 128  # of a skip from tokens to samples: D x C x p^N weights would dwarf the encoder in 3-D
+MAX_GROWTH = 8  # of the channels towards one sample per leaf, as in UNETR
 
 
 class LinearDecoder(nn.Module):
@@ -76,7 +77,7 @@ class TokenDecoder(nn.Module):
         patch_size: P, a power of two.
         num_hidden: Hidden states handed over, shallow to deep, >= 1. The deepest starts the pyramid; the i-th before it
             joins at 2^i samples per side; those beyond the last stage below P join there.
-        channels: C at full resolution; doubles with every halving, up to ``width``.
+        channels: C at full resolution; doubles with every halving, up to 8 C and ``width``.
 
     Cost: per sample about 2 * 3^N * C^2 FLOPs at full resolution and as much or less again at each coarser stage;
     memory without gradient is two 2C-channel maps at half resolution, a quarter of the samples. Image size does not
@@ -112,7 +113,7 @@ class TokenDecoder(nn.Module):
         self.skips = nn.ModuleList()  # deepest first
         stages: list[_Stage] = []
         for step, side in enumerate(sides):
-            chans = min(channels * patch_size // side, width)
+            chans = min(channels * min(patch_size // side, MAX_GROWTH), width)
             below = stages[-1].channels if stages else None
             stages.append(_Stage(num_dims, chans, side, below, in_chans if side == patch_size else None))
             self.skips.extend(_token_skip(width, chans * side**num_dims) for at in stage_of if at == step)
@@ -157,8 +158,8 @@ class _Stage(nn.Module):
         super().__init__()
         self.num_dims, self.channels, self.side = num_dims, channels, side
         self.up = nn.Linear(below, channels * 2**num_dims) if below is not None else None
-        self.stem = _HaloBlock(num_dims, in_chans, channels) if in_chans is not None else None
-        self.block = _HaloBlock(num_dims, channels, channels)
+        self.stem = HaloConv(num_dims, in_chans, channels) if in_chans is not None else None
+        self.block = _HaloBlock(num_dims, channels)
 
     def forward(
         self,
@@ -180,18 +181,16 @@ class _Stage(nn.Module):
                 rows = slice(start * samples >> self.num_dims, stop * samples >> self.num_dims)
                 parts.append(_double(self.up(below_RC[rows]), self.side // 2, self.num_dims))
             if self.stem is not None and pixel_rows is not None:
-                parts.append(self.stem(pixel_rows, index_TH[start:stop], scale_TN[start:stop]))
+                parts.append(functional.gelu(self.stem(pixel_rows, index_TH[start:stop])))
             total: Tensor = sum(parts[1:], parts[0])
             return total
 
         def finish(own_RC: Tensor, padded_nHC: Tensor, scale_nN: Tensor) -> Tensor:
-            out_RC: Tensor = own_RC + self.block.activate(
-                self.block.conv.convolve(padded_nHC), self.block.modulation(scale_nN)
-            )
+            out_RC: Tensor = own_RC + self.block(padded_nHC, scale_nN)
             return out_RC if head is None else head(out_RC).view(len(scale_nN), samples, -1).transpose(1, 2)
 
         if below_RC is not None and pixel_rows is not None and not torch.is_grad_enabled():
-            around = _Around(self, below_RC, pixel_rows, index_TH, scale_TN)
+            around = _Around(self, below_RC, pixel_rows, index_TH)
 
             def stream(start: int, stop: int) -> Tensor:
                 own_RC = merge(start, stop)
@@ -216,11 +215,9 @@ class _Around:
     the time.
     """
 
-    def __init__(self, stage: _Stage, below_RC: Tensor, pixel_rows: Tensor, index_TH: Tensor, scale_TN: Tensor) -> None:
+    def __init__(self, stage: _Stage, below_RC: Tensor, pixel_rows: Tensor, index_TH: Tensor) -> None:
         self.stage, self.below_RC, self.pixel_rows = stage, below_RC, pixel_rows
         self.index_TH = index_TH
-        assert stage.stem is not None
-        self.modulation_TC: Tensor = stage.stem.modulation(scale_TN)
         num, side, device = stage.num_dims, stage.side, index_TH.device
         padded = torch.arange((side + 2) ** num, device=device).view(*(side + 2,) * num)
         inner = padded[(slice(1, -1),) * num].flatten()
@@ -257,30 +254,27 @@ class _Around:
         near_MJ = (leaf_M * self.index_TH.shape[1])[:, None] + self.near_SJ.index_select(0, sample_M)
         near_MJ = self.index_TH.view(-1).index_select(0, near_MJ.flatten()).view_as(near_MJ)
         near = halo_pad(self.pixel_rows, near_MJ).flatten(1)
-        stem = functional.linear(near, stage.stem.conv.rows_weight(), stage.stem.conv.bias)
-        made: Tensor = up + stage.stem.activate(stem, self.modulation_TC.index_select(0, leaf_M))
+        stem = functional.linear(near, stage.stem.rows_weight(), stage.stem.bias)
+        made: Tensor = up + functional.gelu(stem)
         return made
 
 
 class _HaloBlock(nn.Module):
     """Halo convolution, norm over channels, modulation by the size of the leaf, GELU."""
 
-    def __init__(self, num_dims: int, in_chans: int, out_chans: int) -> None:
+    def __init__(self, num_dims: int, channels: int) -> None:
         super().__init__()
-        self.conv = HaloConv(num_dims, in_chans, out_chans)
-        self.norm = nn.LayerNorm(out_chans)
-        modulate = nn.Linear(16, 2 * out_chans)
+        self.conv = HaloConv(num_dims, channels, channels)
+        self.norm = nn.LayerNorm(channels)
+        modulate = nn.Linear(16, 2 * channels)
         nn.init.zeros_(modulate.weight)  # a fresh decoder treats all sizes alike
         nn.init.zeros_(modulate.bias)
         self.modulation = nn.Sequential(nn.Linear(num_dims, 16), nn.GELU(), modulate)
 
-    def forward(self, x_RC: Tensor, index_TH: Tensor, scale_TN: Tensor) -> Tensor:
-        return self.activate(self.conv(x_RC, index_TH), self.modulation(scale_TN))
-
-    def activate(self, y_RC: Tensor, modulation_TC: Tensor) -> Tensor:
-        """Norm, modulation (gains, then shifts), GELU; as many rows for each row of ``modulation_TC``."""
-        y_TSC = self.norm(y_RC).view(len(modulation_TC), -1, y_RC.shape[1])
-        gain_T1C, shift_T1C = modulation_TC[:, None].chunk(2, dim=-1)
+    def forward(self, padded_nHC: Tensor, scale_nN: Tensor) -> Tensor:
+        y_RC = self.norm(self.conv.convolve(padded_nHC))
+        y_TSC = y_RC.view(len(scale_nN), -1, y_RC.shape[1])
+        gain_T1C, shift_T1C = self.modulation(scale_nN)[:, None].chunk(2, dim=-1)
         return functional.gelu(torch.addcmul(shift_T1C, y_TSC, 1 + gain_T1C)).view_as(y_RC)
 
 
