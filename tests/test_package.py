@@ -61,3 +61,25 @@ def test_module_has_no_debugger_no_bare_except(path: Path) -> None:
             assert node.type is not None, f"{path.name}:{node.lineno} bare except"
         if isinstance(node, ast.Import):
             assert not {alias.name for alias in node.names} & {"pdb", "ipdb", "torchvision", "pickle"}
+
+
+def test_one_word_one_meaning() -> None:
+    """The words that docs/vocabulary.md turns away name no argument, function or class."""
+    turned_away = {"img", "wsi", "rect", "coords", "nodes", "mesh", "policy", "tp_ratio", "fixed_length", "ids_keep", "n_x"}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: set[str] = set()
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            if isinstance(node, ast.FunctionDef):
+                names |= {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
+            assert not names & turned_away, f"{path.name}:{node.lineno} {names & turned_away}"
+
+
+def test_raise_carries_text() -> None:
+    """Every error raised with a FoveateError type has a message."""
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+                if node.exc.func.id.endswith("Error"):
+                    assert node.exc.args, f"{path.name}:{node.lineno} {node.exc.func.id} without a message"

@@ -1,0 +1,178 @@
+"""Quality at equal cost: the same ViT on adaptive leaves and on the uniform grid of the smallest leaf, trained and scored.
+
+    python benchmarks/quality.py [--data DIR] [--sets demo,dsb2018,hrf] [--minutes 10] [--quick] [--out DIR]
+
+The uniform model trains for ``--minutes``, the adaptive one for a fifth of that, each on one thread; both are scored
+once on test images in pixel space at full resolution. Runs are kept below ``--runs`` so that a table can be made again.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import record
+from scipy.stats import t as student
+
+HERE = Path(__file__).parent
+SHORTER = 5  # the adaptive model gets 1/SHORTER of the uniform model's training time
+MODEL = {"depth": 4, "width": 128, "num_heads": 4, "decoder_width": 16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One data set: its settings, and how it is cut either way."""
+
+    config: dict[str, Any]
+    max_leaves: int
+    min_size: int = 16
+    tree: dict[str, Any] = field(default_factory=dict)
+    tokens_target: float | str = 7.0
+    time_target: float | str = 5.0
+
+
+def cases(data: Path, folder: Path) -> dict[str, Case]:
+    """Settings of every set; the real ones start from the files in examples/."""
+    from yaml import safe_load
+
+    real = {name: safe_load((HERE.parent / "examples" / f"{name}.yaml").read_text()) for name in ("dsb2018", "hrf")}
+    for name, config in real.items():
+        config["data"]["root"] = str(data / name)
+    demo = {"data": {"root": str(folder / "demo"), "classes": {"structure": 1}, "split": {"train": 0.7, "val": 0.1, "test": 0.2}}}
+    return {
+        "demo": Case(demo, max_leaves=512),
+        "dsb2018": Case(real["dsb2018"], max_leaves=448, tree={"smooth": 2.0}),
+        "hrf": Case(real["hrf"], max_leaves=1024, tokens_target="reported", time_target="reported"),
+    }
+
+
+def settings(case: Case, adaptive: bool, seed: int, minutes: float, out: Path) -> dict[str, Any]:
+    """The settings of one run; adaptive and uniform differ in the tree and in the minutes alone."""
+    cut = {"max_leaves": case.max_leaves, "min_size": case.min_size, **case.tree} if adaptive else {"uniform": case.min_size}
+    limit = minutes / SHORTER if adaptive else minutes
+    train = {"epochs": 100000, "minutes": limit, "seed": seed, "batch_size": 2, "lr": 1e-3, "eval_every": 100000, "augment": 0.5}
+    return {
+        "data": case.config["data"],
+        "tree": cut,
+        "model": {"name": "apf_vit_tiny", "overrides": {**MODEL, "patch_size": case.min_size}},
+        "train": train,
+        "out": str(out),
+    }
+
+
+def run(config: dict[str, Any]) -> dict[str, Any]:
+    """Train and score one model in a process of its own, on one thread."""
+    out = Path(config["out"])
+    scored = out / "evaluation" / "test.json"
+    if not scored.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        path = out.parent / f"{out.name}.json"
+        path.write_text(json.dumps(config))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+        for words in (["fit", str(path), "--overwrite"], ["evaluate", str(out), "--split", "test"]):
+            done = subprocess.run([sys.executable, "-m", "foveate", *words], env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"foveate {' '.join(words)} failed: {done.stderr.strip()}")
+    summary = json.loads(scored.read_text())["summary"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "seconds" in line][-1]
+    return {
+        "dice": summary["dice"]["mean"]["mean"],
+        "ceiling": summary["ceiling"]["mean"]["mean"],
+        "tokens": summary["tokens"]["mean"],
+        "predict_seconds": summary["seconds"]["mean"],
+        "train_seconds": last["seconds"],
+        "steps": last["step"],
+    }
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, list[float]]:
+    """Mean and its 95 % t interval."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, [mean, mean]
+    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, [mean - half, mean + half]
+
+
+def claims_of(name: str, case: Case, uniform: list[dict[str, Any]], adaptive: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The claims of one set; the time claim holds only where the shorter run is at least as good."""
+
+    def values(runs: list[dict[str, Any]], key: str) -> list[float]:
+        return [float(result[key]) for result in runs]
+
+    gains = [a - u for a, u in zip(values(adaptive, "dice"), values(uniform, "dice"), strict=True)]
+    gain, spread = mean_and_interval(gains)
+    dice = {kind: mean_and_interval(values(runs, "dice")) for kind, runs in (("uniform", uniform), ("adaptive", adaptive))}
+    steps = {kind: round(statistics.fmean(values(runs, "steps"))) for kind, runs in (("uniform", uniform), ("adaptive", adaptive))}
+    tokens = statistics.fmean(values(uniform, "tokens")) / statistics.fmean(values(adaptive, "tokens"))
+    time = statistics.fmean(values(uniform, "train_seconds")) / statistics.fmean(values(adaptive, "train_seconds"))
+    predict = statistics.fmean(values(uniform, "predict_seconds")) / statistics.fmean(values(adaptive, "predict_seconds"))
+    equal = gain >= 0
+    reported = case.time_target == "reported"
+    note = f"steps {steps['adaptive']} against {steps['uniform']}, {len(gains)} seeds"
+    failed = "" if equal else "; the shorter adaptive run is below the uniform one, so this is not at equal Dice"
+    claims = [
+        record.claim(
+            f"quality.{name}.dice_{kind}", dice[kind][0], "Dice", "full resolution, test images", "reported", met=True,
+            spread=dice[kind][1], note=f"ceiling of the tree {statistics.fmean(values(runs, 'ceiling')):.3f}",
+        )
+        for kind, runs in (("uniform", uniform), ("adaptive", adaptive))
+    ]
+    against = f"same ViT, uniform grid of {case.min_size} px"
+    claims += [
+        record.claim(f"quality.{name}.dice_gain", gain, "Dice", against, 0.0, spread=spread, note=note),
+        record.claim(f"quality.{name}.fewer_tokens", tokens, "x", against, case.tokens_target, met=reported or (equal and tokens >= 7), note=failed.strip("; ")),
+        record.claim(f"quality.{name}.less_training_time", time, "x", against, case.time_target, met=reported or (equal and time >= 4.95), note=note + failed),
+        record.claim(f"quality.{name}.faster_prediction", predict, "x", against, "reported", met=True, note="decoded image to full-size mask"),
+    ]  # fmt: skip
+    return claims
+
+
+def main(quick: bool, out: Path, *, data: Path = Path("data"), sets: str = "demo,dsb2018,hrf", minutes: float = 10.0, runs: Path | None = None) -> Path:
+    """Run all sets and seeds, two at a time, and write the record."""
+    from foveate.testing import write_dataset
+
+    folder = runs or Path(tempfile.mkdtemp(prefix="foveate-quality-"))
+    seeds = [0] if quick else [0, 1, 2]
+    minutes = 0.2 if quick else minutes
+    if not (folder / "demo").exists():
+        write_dataset(folder / "demo", 12 if quick else 40, 512 if quick else 1024, seed=1000)
+    chosen = {name: case for name, case in cases(data, folder).items() if name in sets.split(",")}
+    jobs = {
+        (name, adaptive, seed): settings(case, adaptive, seed, minutes, folder / f"{name}-{'adaptive' if adaptive else 'uniform'}-{seed}")
+        for name, case in chosen.items()
+        for seed in seeds
+        for adaptive in (False, True)
+    }
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        results = dict(zip(jobs, pool.map(run, jobs.values()), strict=True))
+    claims = []
+    for name, case in chosen.items():
+        uniform, adaptive = ([results[name, kind, seed] for seed in seeds] for kind in (False, True))
+        claims += claims_of(name, case, uniform, adaptive)
+    protocol = f"""{"QUICK RUN, proves nothing. " if quick else ""}Same ViT ({MODEL}, trained from scratch) and settings; only the tree and the training
+    time differ: uniform {minutes:g} minutes, adaptive {minutes / SHORTER:g}, one thread each, two runs at a time; seeds {seeds}; the last weights are scored
+    (no choice of checkpoint), once, on test images split by file before augmentation; Dice per image and class in pixel space at full resolution.
+    Training time includes decoding, augmentation and cutting. Intervals: 95 % t over seeds."""
+    return record.write("quality", protocol, claims, out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with dsb2018/ and hrf/")
+    parser.add_argument("--sets", default="demo,dsb2018,hrf")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--runs", type=Path, default=None)
+    args = parser.parse_args()
+    print(main(args.quick, args.out, data=args.data, sets=args.sets, minutes=args.minutes, runs=args.runs))

@@ -1,0 +1,244 @@
+"""The plain ViT on packed leaves, with timm's parameter names, so that a checkpoint of that layout loads as it is.
+
+Legend: T patch tokens of a pack, A all tokens with prefixes, D width, N dimensions, G side of the position grid.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from foveate.errors import ConfigError
+from foveate.geometry.patches import Patches
+from foveate.nn.attention import Attention, Packing, Rotate
+from foveate.nn.embed import GeometryEmbed, PatchEmbed, grid_weights, rotary_angles, rotate
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderOutput:
+    """What a decoder or a head reads.
+
+    Args:
+        hidden: patch tokens behind each of ``out_blocks``, shallow to deep, in the order of the patches; the last has
+            passed the final norm.
+        prefix: class and register tokens of every image behind the final norm, ``[B, num_prefix, D]``.
+    """
+
+    hidden: tuple[Float[Tensor, "T D"], ...]
+    prefix: Float[Tensor, "B R D"]
+
+
+@runtime_checkable
+class EncoderProtocol(Protocol):
+    """Anything that turns patches into hidden states can stand in front of a decoder.
+
+    An encoder is an ``nn.Module`` with these three attributes. It must treat images apart (no token of one image may
+    change another's), and must not let a token's index matter, only its box in ``patches.leaves``.
+    """
+
+    width: int
+    patch_size: int
+    num_hidden: int
+
+    def __call__(self, patches: Patches) -> EncoderOutput:
+        """Encode a pack."""
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (CaiT, DINOv2)."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x_AD: Tensor) -> Tensor:
+        """Scale every channel."""
+        return x_AD * self.gamma
+
+
+class Mlp(nn.Module):
+    """The two linear maps of a block, with an exact GELU between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_AD: Tensor) -> Tensor:
+        """Expand, bend, contract."""
+        out: Tensor = self.fc2(self.act(self.fc1(x_AD)))
+        return out
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block on a pack."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, layer_scale: float | None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, num_heads)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+
+    def forward(self, x_AD: Tensor, packing: Packing, turn: Rotate | None = None) -> Tensor:
+        """Attend, then think."""
+        x_AD = x_AD + self.ls1(self.attn(self.norm1(x_AD), packing, turn))
+        out: Tensor = x_AD + self.ls2(self.mlp(self.norm2(x_AD)))
+        return out
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Numbers of an encoder; the names of the parameters follow timm's ``VisionTransformer``."""
+
+    num_dims: int = 2
+    patch_size: int = 16
+    in_chans: int = 3
+    width: int = 192
+    depth: int = 12
+    num_heads: int = 3
+    mlp_ratio: float = 4.0
+    pos_grid: int = 14
+    """Side G of the learned position table that spans the image."""
+    class_token: bool = True
+    num_registers: int = 0
+    embed_prefix: bool = True
+    """Whether the position table has an entry for the class token (timm: ``not no_embed_class``)."""
+    layer_scale: float | None = None
+    rope: bool = False
+    """Turn queries and keys by the leaves' centres as well."""
+    checkpoint: bool = False
+    """Keep only the inputs of the blocks for the backward pass and compute the rest again."""
+    out_blocks: tuple[int, ...] | None = None
+    """Blocks whose output the decoder reads, ascending, the last block among them; None: four, evenly spaced."""
+
+    def __post_init__(self) -> None:
+        if self.num_dims not in (2, 3):
+            raise ConfigError(f"num_dims={self.num_dims}: images are 2-D or 3-D; give 2 or 3")
+        for name in ("patch_size", "in_chans", "width", "depth", "num_heads", "pos_grid"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is below 1; give a positive whole number")
+        blocks = self.blocks
+        if list(blocks) != sorted(set(blocks)) or not blocks or blocks[0] < 0 or blocks[-1] != self.depth - 1:
+            raise ConfigError(
+                f"out_blocks={blocks} must ascend within 0..{self.depth - 1} and end with {self.depth - 1}; "
+                "leave it out for four evenly spaced blocks"
+            )
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """``out_blocks`` with the default resolved."""
+        if self.out_blocks is not None:
+            return tuple(self.out_blocks)
+        return tuple(sorted({max(0, round(self.depth * part / 4) - 1) for part in (1, 2, 3, 4)}))
+
+    @property
+    def num_prefix(self) -> int:
+        """Class and register tokens."""
+        return int(self.class_token) + self.num_registers
+
+
+class Encoder(nn.Module):
+    """A ViT over leaves of any size; on a uniform grid it is exactly the plain ViT with the same weights.
+
+    The position table is averaged over each leaf's box, and a zero-initialised code of place and size is added
+    (``GeometryEmbed``), so that pretrained weights mean the same from the first step.
+
+    Args:
+        config: its numbers.
+
+    Source: Dosovitskiy et al., ICLR 2021; APF (arXiv 2404.09707) section on adaptive patches in front of an unchanged
+    encoder. **Differs** from APF's released code: position comes from the leaf's box and not from its index in the
+    sequence; images of a batch keep their own number of tokens, and padding is never attended.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.width, self.patch_size, self.num_hidden = config.width, config.patch_size, len(config.blocks)
+        width = config.width
+        self.patch_embed = PatchEmbed(config.num_dims, config.in_chans, width, config.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, config.num_registers, width)) if config.num_registers else None
+        entries = config.pos_grid**config.num_dims + (config.num_prefix if config.embed_prefix else 0)
+        self.pos_embed = nn.Parameter(torch.zeros(1, entries, width))
+        self.geometry_embed = GeometryEmbed(config.num_dims, width)
+        self.blocks = nn.ModuleList(
+            Block(width, config.num_heads, config.mlp_ratio, config.layer_scale) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module is not self.geometry_embed.fc2:
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+
+    def forward(self, patches: Patches) -> EncoderOutput:
+        """Encode a pack of images, each by itself.
+
+        Raises:
+            ShapeError: the patches do not fit the weights.
+        """
+        config = self.config
+        x_TD = self.patch_embed(patches) + self._positions(patches) + self.geometry_embed(patches)
+        x_AD, rows_T, packing = self._with_prefix(x_TD, patches)
+        turn = self._turn(patches, rows_T, len(x_AD)) if config.rope else None
+        hidden = []
+        for index, block in enumerate(self.blocks):
+            if config.checkpoint and self.training:
+                x_AD = recompute(block, x_AD, packing, turn, use_reentrant=False)
+            else:
+                x_AD = block(x_AD, packing, turn)
+            if index in config.blocks[:-1]:
+                hidden.append(self._patch_tokens(x_AD, rows_T))
+        x_AD = self.norm(x_AD)
+        hidden.append(self._patch_tokens(x_AD, rows_T))
+        return EncoderOutput(tuple(hidden), self._prefix_tokens(x_AD, packing))
+
+    def _positions(self, patches: Patches) -> Tensor:
+        table_GD = self.pos_embed[0, -(self.config.pos_grid**self.config.num_dims) :]
+        return grid_weights(patches, self.config.pos_grid).to(table_GD.dtype) @ table_GD
+
+    def _prefix(self) -> Tensor | None:
+        tokens = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
+        if not tokens:
+            return None
+        prefix_RD = torch.cat(tokens)
+        return prefix_RD + self.pos_embed[0, : len(prefix_RD)] if self.config.embed_prefix else prefix_RD
+
+    def _with_prefix(self, x_TD: Tensor, patches: Patches) -> tuple[Tensor, Int64[Tensor, " T"] | None, Packing]:
+        prefix_RD = self._prefix()
+        if prefix_RD is None:
+            return x_TD, None, Packing(patches.lengths, x_TD.device)
+        num_prefix, prefix_RD = len(prefix_RD), prefix_RD.to(x_TD.dtype)
+        parts = [part for image in x_TD.split(list(patches.lengths)) for part in (prefix_RD, image)]
+        packing = Packing(tuple(length + num_prefix for length in patches.lengths), x_TD.device)
+        image_T = torch.repeat_interleave(torch.arange(patches.num_images), torch.tensor(patches.lengths))
+        rows_T = torch.arange(len(x_TD)) + (image_T + 1) * num_prefix
+        return torch.cat(parts), rows_T.to(x_TD.device), packing
+
+    def _patch_tokens(self, x_AD: Tensor, rows_T: Tensor | None) -> Tensor:
+        return x_AD if rows_T is None else x_AD.index_select(0, rows_T)
+
+    def _prefix_tokens(self, x_AD: Tensor, packing: Packing) -> Tensor:
+        num_prefix = self.config.num_prefix
+        return torch.stack([image[:num_prefix] for image in x_AD.split(list(packing.lengths))])
+
+    def _turn(self, patches: Patches, rows_T: Tensor | None, total: int) -> Rotate:
+        angles = rotary_angles(patches, self.width // self.config.num_heads)
+        if rows_T is not None:
+            angles = angles.new_zeros(total, angles.shape[1]).index_copy_(0, rows_T, angles)
+        return partial(rotate, angles_TF=angles)

@@ -1,0 +1,175 @@
+"""Checkpoints of other people's ViTs into our encoder: timm, DINOv2, pathology models and transformers layouts.
+
+No timm is needed. Names are translated, the position table and the patch projection are resampled where sizes differ.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from foveate.errors import FormatError
+from foveate.nn.encoder import Encoder
+
+_PREFIXES = ("state_dict.", "module.", "model.", "backbone.", "encoder.", "teacher.", "student.", "vit.", "dinov2.", "visual.")
+_DROPPED = ("head.", "fc_norm.", "classifier.", "pooler.", "pre_logits.", "decoder")
+_IGNORED = ("mask_token", "embeddings.mask_token", "decoder_pos_embed")
+_RENAMED = (
+    (r"^register_tokens$", "reg_token"),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.layer_scale1\.lambda1$", ".ls1.gamma"),
+    (r"\.layer_scale2\.lambda1$", ".ls2.gamma"),
+    (r"^layernorm\.", "norm."),
+)
+_PART = re.compile(r"^(blocks\.\d+)\.attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|v_proj)\.(weight|bias)$")
+
+
+def load_weights(encoder: Encoder, path: Path) -> None:
+    """Fill an encoder from a checkpoint file.
+
+    The position table is resampled (bicubic in 2-D, trilinear in 3-D) to the encoder's grid; the patch projection is
+    resampled to its patch size so that a constant patch keeps its response, and summed (grey) or repeated and rescaled
+    over channels. The code of place and size keeps its zero start. Classifier heads are left out.
+
+    Args:
+        encoder: filled in place.
+        path: ``.safetensors``, or a ``.pt`` / ``.pth`` of tensors only, which is read with ``weights_only=True``.
+
+    Raises:
+        FormatError: the file is unreadable, or tensors are missing, unknown or of another size; the message names them.
+    """
+    ours = encoder.state_dict()
+    state = translate(read_state(path))
+    if "pos_embed" in state:
+        state["pos_embed"] = _resize_positions(state["pos_embed"], encoder, path)
+    weight = state.get("patch_embed.proj.weight")
+    if weight is not None:
+        state["patch_embed.proj.weight"] = _resize_patch(weight, ours["patch_embed.proj.weight"], path)
+    missing = [name for name in ours if name not in state and not name.startswith("geometry_embed.")]
+    unknown = [name for name in state if name not in ours]
+    wrong = [
+        f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
+        for name, value in ours.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    for what, names in (("lacks", missing), ("has the unknown", unknown), ("has of another size", wrong)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise FormatError(
+                f"{path}: does not fit the encoder: it {what} {', '.join(names[:3])}{more}; set width, depth, "
+                "class_token, num_registers, embed_prefix and layer_scale to those of the checkpoint"
+            )
+    encoder.load_state_dict({**ours, **state})
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file by name.
+
+    Raises:
+        FormatError: it is unreadable or holds something other than tensors.
+    """
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise FormatError(f"{path}: is no readable checkpoint of tensors ({reason}); convert it to safetensors") from None
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FormatError(f"{path}: holds more than named tensors; save the state dict alone")
+    return {str(name): value for name, value in state.items()}
+
+
+def translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of any known layout to timm's; heads and mask tokens are left out, split q, k, v are joined."""
+    named: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for original, value in state.items():
+        name = _strip(original)
+        if name in _IGNORED or name.startswith(_DROPPED):
+            continue
+        for pattern, replacement in _RENAMED:
+            name = re.sub(pattern, replacement, name)
+        found = _PART.match(name)
+        if found:
+            parts.setdefault(f"{found[1]}.attn.qkv.{found[3]}", {})[found[2][0]] = value
+        else:
+            named[name] = value
+    for name, part in parts.items():
+        if set(part) == set("qkv"):
+            named[name] = torch.cat([part["q"], part["k"], part["v"]])
+    return named
+
+
+def _strip(name: str) -> str:
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _PREFIXES:
+            if name.startswith(prefix) and not re.match(r"encoder\.layers?\.", name):
+                name, stripped = name[len(prefix) :], True
+    return name
+
+
+def _resize_positions(table_1ED: Tensor, encoder: Encoder, path: Path) -> Tensor:
+    config = encoder.config
+    num_dims, grid = config.num_dims, config.pos_grid
+    wanted = config.num_prefix if config.embed_prefix else 0
+    entries = table_1ED.shape[1]
+    for num_prefix in dict.fromkeys((wanted, int(config.class_token), 0)):
+        side = round((entries - num_prefix) ** (1 / num_dims))
+        if side**num_dims == entries - num_prefix and num_prefix >= wanted:
+            break
+    else:
+        raise FormatError(
+            f"{path}: pos_embed has {entries} entries, which are no {num_dims}-D grid behind {wanted} prefix tokens; set "
+            "class_token, num_registers and embed_prefix to those of the checkpoint"
+        )
+    prefix, table = table_1ED[:, :num_prefix], table_1ED[:, num_prefix:]
+    if side != grid:
+        dense = table.transpose(1, 2).unflatten(2, (side,) * num_dims).float()
+        mode = "bicubic" if num_dims == 2 else "trilinear"
+        dense = functional.interpolate(dense, (grid,) * num_dims, mode=mode, align_corners=False, antialias=num_dims == 2)
+        table = dense.flatten(2).transpose(1, 2).to(table.dtype)
+    return torch.cat([prefix[:, :wanted], table], 1)
+
+
+def _resize_patch(weight: Tensor, ours: Tensor, path: Path) -> Tensor:
+    if weight.ndim == 2 and weight.shape[1] == ours[0].numel():
+        weight = weight.view(ours.shape)
+    if weight.ndim != ours.ndim:
+        raise FormatError(
+            f"{path}: patch_embed.proj.weight {tuple(weight.shape)} is not {ours.ndim - 2}-D; load it into a model of its kind"
+        )
+    if weight.shape[2:] != ours.shape[2:]:
+        mode = "bilinear" if ours.ndim == 4 else "trilinear"
+        gain = weight[0, 0].numel() / ours[0, 0].numel()
+        weight = functional.interpolate(weight.float(), ours.shape[2:], mode=mode, align_corners=False) * gain
+    theirs, wanted = weight.shape[1], ours.shape[1]
+    if theirs != wanted:
+        if wanted == 1:
+            weight = weight.sum(1, keepdim=True)
+        else:
+            weight = weight[:, torch.arange(wanted) % theirs] * (theirs / wanted)
+    return weight.to(ours.dtype)
