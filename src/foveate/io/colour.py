@@ -3,11 +3,15 @@
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
+from numpy.typing import NDArray
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 
 
-def flatten_alpha(pixels: Array, *, premultiplied: bool = False, composite: bool = True) -> Array:
+def flatten_alpha(
+    pixels: Shaped[Array, "A *S"], *, premultiplied: bool = False, composite: bool = True
+) -> Shaped[Array, "C *S"]:
     """Drops the last channel, which is alpha, after compositing on white where it is not opaque.
 
     White, because what lies outside a slide or a drawing is paper; grey colours then collapse into one channel.
@@ -35,7 +39,7 @@ def _over_white(channel: Array, alpha: Array, top: int, premultiplied: bool) -> 
     return (wide // np.uint32(top)).astype(channel.dtype)
 
 
-def rgb_of_cmyk(inks: Array) -> Array:
+def rgb_of_cmyk(inks: Shaped[Array, "4 *S"]) -> Shaped[Array, "3 *S"]:
     """Multiplies paper white by what each ink and black leave over; no colour profile is applied.
 
     Args:
@@ -46,7 +50,7 @@ def rgb_of_cmyk(inks: Array) -> Array:
     return np.stack([(((top - ink) * black + top // 2) // top).astype(inks.dtype) for ink in inks[:3]])
 
 
-def upright(pixels: Array, orientation: int) -> Array:
+def upright(pixels: Shaped[Array, "C *S"], orientation: int) -> Shaped[Array, "C *T"]:
     """Turns ``[C, H, W]`` as EXIF orientation 1-8 asks, so that the first row is the top of the picture."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(1, 2)

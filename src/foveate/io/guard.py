@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foveate.errors import ConfigError, FormatError
 
@@ -119,7 +120,7 @@ def check_axes(path: Path, shape: tuple[int, ...], axes: str) -> None:
         raise bad_file(path, f"has {len(shape)} axes {shape}, but axes={axes!r} names {len(axes)}; name each of them")
 
 
-def check_values(path: Path, pixels: np.ndarray[Any, Any]) -> None:
+def check_values(path: Path, pixels: NDArray[Any]) -> None:
     """Refuses dtypes that are no pixels and floating-point values that are not finite, with their count."""
     if pixels.dtype.kind not in "biuf":
         raise bad_file(path, f"holds {pixels.dtype} values; give integers or floats")

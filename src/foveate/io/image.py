@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
+from numpy.typing import NDArray
 from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from foveate.errors import FoveateError
@@ -26,7 +28,7 @@ from foveate.io.guard import (
     undecodable,
 )
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 
 _ORIENTATION = 0x0112
 MOST_CHANNELS = 4  # an NPY axis this short is taken for the channels
@@ -41,7 +43,9 @@ _PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
 _QUIET = threading.Lock()  # warning filters belong to the process, so one thread at a time may hold them
 
 
-def read_image(path: str | Path, *, axes: str | None = None, max_pixels: int = DEFAULT_MAX_PIXELS) -> Array:
+def read_image(
+    path: str | Path, *, axes: str | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> Shaped[Array, "C *S"]:
     """Reads an image or a volume as ``[C, *S]`` in the file's own dtype, upright and with what its numbers stand for.
 
     The reader is chosen by the first bytes of the file, so a PNG named ``.jpg`` is simply read. EXIF and TIFF
@@ -136,6 +140,8 @@ def _samples(image: Image.Image, want: Want) -> Array:
         image = image.convert("RGBA" if clear else "RGB")
     elif image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         image = image.convert("RGB")
+    if image.mode == "1":  # pillow's own booleans have bytes of 255, which numpy does not expect
+        return np.asarray(np.asarray(image.convert("L"))[None] != 0)
     bands = len(image.getbands())
     first = np.asarray(image.getchannel(0) if bands > 1 else image)
     out = np.empty((bands, *first.shape), first.dtype)

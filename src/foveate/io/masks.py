@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import UInt8
+from numpy.typing import NDArray
 
 from foveate.errors import ConfigError, FormatError
 from foveate.io.guard import DEFAULT_MAX_PIXELS, bad_file, check_values, one_line
 from foveate.io.image import load
 
-Array = np.ndarray[Any, Any]
-Rule = int | float | str | Sequence[int | float | str]
+Array = NDArray[Any]
 
 IGNORE = 255
 _UNKNOWN = 254  # inside this file only: matched by no rule
@@ -52,10 +53,10 @@ class ClassTable:
         ConfigError: no class, an unreadable rule, colours mixed with values, or one value under two names.
     """
 
-    classes: Mapping[str, Rule]
+    classes: Mapping[str, Any]
     unknown: Literal["error", "ignore", "background"] | str = "error"
-    max_distance: float | None = 64.0
-    _values: tuple[tuple[int, str, float], ...] = field(init=False, repr=False)
+    max_distance: int | float | None = 64.0
+    _values: tuple[tuple[int, str, int | float], ...] = field(init=False, repr=False)
     _colours: tuple[tuple[int, int], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +69,7 @@ class ClassTable:
         object.__setattr__(self, "classes", dict(self.classes))
         if not 2 <= self.num_classes <= _UNSEEN:
             raise ConfigError(f"{self.num_classes - 1} classes beside background; name 1 to {_UNSEEN - 1}")
-        values: list[tuple[int, str, float]] = []
+        values: list[tuple[int, str, int | float]] = []
         colours: list[tuple[int, int]] = []
         for name, rule in self.classes.items():
             label = IGNORE if name == "ignore" else self.names.index(name)
@@ -135,17 +136,17 @@ class ClassTable:
 
 def read_mask(
     path: str | Path,
-    table: ClassTable | Mapping[str, Rule],
+    table: ClassTable | Mapping[str, Any],
     *,
     shape: tuple[int, ...] | None = None,
     axes: str | None = None,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-) -> Array:
+) -> UInt8[Array, "*S"]:
     """Reads a mask as class labels, by the numbers stored in the file or, for a table of colours, by its colours.
 
     The same files are read as by ``read_image``, turned upright by the same rule. Palette masks give their indices to
-    a table of values and their colours to a table of colours; alpha is ignored; 1-bit masks hold 1, and 255 will do as
-    well; a grey mask stored as RGB counts as grey.
+    a table of values and their colours to a table of colours; alpha is ignored; 1-bit masks hold 1, or 255 where the
+    rules need that; a grey mask stored as RGB counts as grey.
 
     Args:
         path: The mask.
@@ -179,7 +180,7 @@ def read_mask(
 
 
 def _parse(
-    name: str, rule: object, label: int, values: list[tuple[int, str, float]], colours: list[tuple[int, int]]
+    name: str, rule: object, label: int, values: list[tuple[int, str, int | float]], colours: list[tuple[int, int]]
 ) -> None:
     if isinstance(rule, int | float) and not isinstance(rule, bool):
         values.append((label, "==", rule))
@@ -259,8 +260,8 @@ def _colour_lookup(table: ClassTable) -> Callable[[Array], Array]:
 def _value_lookup(table: ClassTable, dtype: np.dtype[Any]) -> Callable[[Array], Array]:
     """Labels through a table of all values where there are few, else by comparing."""
     if dtype.kind == "b":
-        true = table._of_values(np.array([0, 1, 255]))
-        both = np.array([true[0], true[1] if true[1] != _UNKNOWN else true[2]], np.uint8)
+        zero, one, full = table._of_values(np.array([0, 1, 255]))
+        both = np.array([zero, full if one in (zero, _UNKNOWN) else one], np.uint8)
         return lambda values: both[values.view(np.uint8)]
     if dtype.kind == "u" and dtype.itemsize <= 2:
         every = table._of_values(np.arange(np.iinfo(dtype).max + 1))

@@ -1,18 +1,21 @@
 """Images and volumes read by box; the one thing that cutting and prediction need to know of a file."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Shaped
+from numpy.typing import NDArray
 
 from foveate.errors import ShapeError
 from foveate.io.guard import DEFAULT_MAX_PIXELS
 from foveate.io.image import read_image
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # start and stop in level-0 pixels, array order
 
 
+@runtime_checkable
 class Raster(Protocol):
     """An image or a volume, held or on disk, of one or more levels."""
 
@@ -41,7 +44,7 @@ class Raster(Protocol):
         """Size of a level-0 pixel in mm along each axis, or None where nobody said it."""
         ...
 
-    def read(self, box: Box, level: int = 0) -> Array:
+    def read(self, box: Box, level: int = 0) -> Shaped[Array, "C *B"]:
         """Returns the samples ``[C, *B]`` of one level that lie in ``box``, given in level-0 pixels."""
         ...
 
@@ -57,7 +60,7 @@ class ArrayRaster:
         ShapeError: the array is of another shape, or ``spacing`` does not have one size above 0 for each axis.
     """
 
-    def __init__(self, array: Array, spacing: tuple[float, ...] | None = None) -> None:
+    def __init__(self, array: Shaped[Array, "..."], spacing: tuple[float, ...] | None = None) -> None:
         if array.ndim not in (3, 4) or array.size == 0:
             raise ShapeError(f"array of shape {array.shape}; give [C, H, W] or [C, D, H, W], no axis empty")
         if spacing is not None and (len(spacing) != array.ndim - 1 or not all(size > 0 for size in spacing)):
@@ -92,7 +95,7 @@ class ArrayRaster:
         """Size of a pixel in mm along each axis, or None."""
         return self._spacing
 
-    def read(self, box: Box, level: int = 0) -> Array:
+    def read(self, box: Box, level: int = 0) -> Shaped[Array, "C *B"]:
         """Returns the view ``[C, *B]`` of ``box``, which must lie inside the image.
 
         Raises:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foveate.errors import FoveateError
 from foveate.io.colour import flatten_alpha, rgb_of_cmyk
 from foveate.io.guard import DECODER_ERRORS, Want, bad_file, check_axes, check_size, undecodable
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _MASK, _CMYK, _YCBCR = 0, 1, 2, 3, 4, 5, 6
 _SPATIAL = {"Z": "D", "Q": "D", "I": "D", "Y": "H", "X": "W"}

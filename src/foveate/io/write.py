@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foveate.errors import FormatError, ShapeError
 from foveate.io.guard import DECODER_ERRORS, bad_file
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 
 _REMEDY = {
     errno.ENOSPC: "free some space or write elsewhere",
