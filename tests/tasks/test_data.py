@@ -240,3 +240,40 @@ def test_cache_keeps_the_latest_within_its_bytes() -> None:
     nothing = ByteCache(0)
     nothing.put("a", 1, 1)
     assert nothing.get("a") is None
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (3, 200)])
+@pytest.mark.parametrize("value", [0, 7])
+def test_tiny_constant_and_empty_images_are_samples(root: Path, shape: tuple[int, int], value: int) -> None:
+    cv2.imwrite(str(root / "images/0.png"), np.full(shape, value, np.uint8))
+    cv2.imwrite(str(root / "masks/0.png"), np.zeros(shape, np.uint8))
+    config = settings(root, max_side=64, window=20)
+    config = replace(config, train=replace(config.train, augment=True))
+    for train in (True, False):
+        sample = SegmentationData(find_items(config.data)[:1], config, 8, train=train)[0]
+        assert sample.patches.pixels.isfinite().all()
+        assert train or not sample.patches.pixels.any()
+        assert float(sample.soft[:, 1].sum()) == 0
+        assert float(sample.weight.sum()) >= 1
+
+
+def test_volumes(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for k in range(2):
+        mask = np.zeros((12, 30, 26), dtype=np.uint8)
+        mask[3:8, 8:20, 5:15] = k + 1
+        np.save(tmp_path / f"images/{k}.npy", draw.normal(0, 1, mask.shape).astype(np.float32) + 5 * mask)
+        np.save(tmp_path / f"masks/{k}.npy", mask)
+    classes: dict[str, int | list[int | str] | str] = {"front": 1, "back": 2}
+    part = DataConfig(root=str(tmp_path), classes=classes, channels=1, spacing=(2.0, 1.0, 1.0), max_side=24)
+    for strength in (0.5, 1.0):
+        config = FitConfig(data=part, tree=TreeConfig(max_leaves=200, min_size=4), train=TrainConfig(augment=strength))
+        data = SegmentationData(find_items(part), config, 4, train=True)
+        batch = collate([data[0], data[1]])
+        assert batch.patches.pixels.shape[1:] == (1, 4, 4, 4)
+        assert batch.soft.shape[1:] == (3, 4, 4, 4)
+        assert batch.patches.lengths[0] <= 200
+        assert batch.soft[:, 1].any()
+        assert batch.soft[:, 2].any()

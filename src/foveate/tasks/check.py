@@ -287,7 +287,7 @@ def plan_data(
     config: FitConfig,
     targets: Sequence[float] = (0.9, 0.95, 0.99),
     *,
-    patch_size: int = 16,
+    patch_size: int | None = None,
     items: Sequence[Item] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataPlan:
@@ -299,7 +299,7 @@ def plan_data(
     Args:
         config: the run; its ``tree`` settings but the budget are used, and images at ``data.max_side``.
         targets: ceilings, Dice from 0 to 1.
-        patch_size: samples per side of a token.
+        patch_size: samples per side of a token; ``None``: what ``model.overrides`` says, else 16.
         items: images to look at; ``None``: all that have a mask.
         progress: called with (images done, images in all).
 
@@ -308,6 +308,9 @@ def plan_data(
 
     Cost: about 20 trees, and as many encodings and decodings of the mask, per image.
     """
+    if patch_size is None:
+        declared = config.model.overrides.get("patch_size", 16)
+        patch_size = declared if isinstance(declared, int) else 16
     chosen = [item for item in (find_items(config.data) if items is None else items) if item.mask is not None]
     data = SegmentationData(chosen, config, patch_size, train=False)
     rows = []

@@ -63,14 +63,14 @@ class PixelMetrics:
         self._pixels = np.zeros((len(self.class_names), 3), dtype=np.int64)
 
     def update(
-        self, name: str, predicted: Integer[NumpyArray | Tensor, "*S"], truth: Integer[NumpyArray | Tensor, "*S"]
+        self, name: str, predicted: Integer[NumpyArray | Tensor, "..."], truth: Integer[NumpyArray | Tensor, "..."]
     ) -> dict[str, Any]:
         """Score one image and remember the result.
 
         Args:
             name: the image's name.
-            predicted: class per pixel at full resolution.
-            truth: class per pixel; pixels of 255 are not looked at.
+            predicted: class per pixel ``[*S]`` at full resolution.
+            truth: class per pixel, same shape; pixels of 255 are not looked at.
 
         Returns:
             The row: ``name``; per measure a dictionary from class to value, NaN where the class is left out; and the
