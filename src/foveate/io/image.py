@@ -75,7 +75,7 @@ def read_image(
     path = Path(path)
     pixels = load(path, axes=axes, max_pixels=max_pixels, want="shown")
     check_values(path, pixels)
-    if pixels.dtype == bool:
+    if pixels.dtype.kind == "b":
         pixels = pixels.view(np.uint8) * np.uint8(255)
     return np.ascontiguousarray(pixels)
 
@@ -93,6 +93,8 @@ def load(path: Path, *, axes: str | None, max_pixels: int, want: Want) -> Array:
     else:
         raw, orientation = _read_flat(path, kind, max_pixels, want)
         found = "CHW"
+    if raw.dtype.kind == "b":  # pillow and damaged files make booleans of other bytes than 0 and 1
+        raw = np.asarray(raw.view(np.uint8) != 0)
     if "C" not in found:
         raw, found = raw[None], "C" + found
     return upright(raw.transpose([found.index(letter) for letter in "CDHW" if letter in found]), orientation)
@@ -140,8 +142,6 @@ def _samples(image: Image.Image, want: Want) -> Array:
         image = image.convert("RGBA" if clear else "RGB")
     elif image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         image = image.convert("RGB")
-    if image.mode == "1":  # pillow's own booleans have bytes of 255, which numpy does not expect
-        return np.asarray(np.asarray(image.convert("L"))[None] != 0)
     bands = len(image.getbands())
     first = np.asarray(image.getchannel(0) if bands > 1 else image)
     out = np.empty((bands, *first.shape), first.dtype)

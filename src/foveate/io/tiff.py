@@ -162,7 +162,7 @@ def _shown(path: Path, pixels: Array, axes: str, page: Any, want: Want) -> tuple
     if "C" in axes:
         pixels, axes = np.moveaxis(pixels, axes.index("C"), 0), "C" + axes.replace("C", "")
     if photometric == _WHITE_IS_ZERO and pixels.dtype.kind in "bu" and want == "shown":
-        pixels = ~pixels if pixels.dtype == bool else np.iinfo(pixels.dtype).max - pixels
+        pixels = ~pixels if pixels.dtype.kind == "b" else np.iinfo(pixels.dtype).max - pixels
     if photometric == _PALETTE and "C" not in axes and want != "values":
         if page.colormap is None or int(pixels.max()) >= page.colormap.shape[1]:
             raise bad_file(path, "has palette indices without colours (corrupt TIFF); export the file again")

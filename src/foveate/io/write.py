@@ -59,18 +59,20 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[IO[byt
     aside = path.with_name(f".foveate-{secrets.token_hex(6)}{path.suffix[:16]}")
     try:
         file = aside.open("x+b")
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise _unwritable(path, error) from None
+    placing = False
     try:
         with file:
             yield file
+            placing = True
             file.flush()
             os.fsync(file.fileno())
         _refuse_existing(path, overwrite)
         aside.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        if error.errno not in _WHILE_WRITING:
+        if not placing and error.errno not in _WHILE_WRITING:
             raise
         raise _unwritable(path, error) from None
     finally:
@@ -228,13 +230,14 @@ def _save(path: Path, data: bytes | memoryview, overwrite: bool) -> None:
         raise _unwritable(path, error) from None
 
 
-def _unwritable(path: Path, error: OSError | ValueError) -> FormatError:
-    number, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
-    remedy = _REMEDY.get(number or 0, "check the path and the disk")
-    return bad_file(path, f"cannot be written ({reason or error}); {remedy}")
+def _unwritable(path: Path, error: OSError) -> FormatError:
+    remedy = _REMEDY.get(error.errno or 0, "check the path and the disk")
+    return bad_file(path, f"cannot be written ({error.strerror or error}); {remedy}")
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if "\0" in str(path):
+        raise bad_file(path, "cannot be written (null character in the name); choose another name")
     if path.is_dir():
         raise bad_file(path, "is a folder; give the name of a file")
     if not overwrite and path.exists():
