@@ -17,6 +17,7 @@ from torch import Tensor
 
 from foveate.errors import FormatError
 from foveate.geometry import kernels_patches as kernels
+from foveate.geometry.kernels_gather import gather
 from foveate.geometry.leaves import Leaves
 from foveate.geometry.samples import as_volume, cells_of
 
@@ -93,17 +94,14 @@ def resample(image: NDArray[np.generic] | Tensor, leaves: Leaves, patch_size: in
     result = out.numpy().reshape(len(leaves), len(volume), *patch)
     whole = (size % patch == 0).all(axis=1)
     real = volume.dtype.kind == "f"
-    if whole.any():
+    inner = whole & (stop - start == size).all(axis=1)
+    rest = gather(volume, start, size, patch, np.flatnonzero(inner), result) if inner.any() else np.flatnonzero(inner)
+    rest = np.concatenate([rest, np.flatnonzero(whole & ~inner)])
+    if len(rest):
         ratio = size // patch
-        exact = (
-            np.float64
-            if real
-            else np.uint32
-            if volume.itemsize == 1 and ratio.prod(axis=1).max() < 1 << 24
-            else np.int64
-        )
-        row = np.empty(int(size[:, 2].max()), exact)
-        kernels.area_gather(volume, start, stop, ratio, np.flatnonzero(whole), row, result)
+        small = volume.itemsize == 1 and ratio.prod(axis=1).max() < 1 << 24
+        row = np.empty(int(size[:, 2].max()), np.float64 if real else np.uint32 if small else np.int64)
+        kernels.area_gather(volume, start, stop, ratio, rest, row, result)
     if not whole.all():
         which = np.flatnonzero(~whole)
         taps = make_taps(leaves.select(torch.from_numpy(which)), patch_size)
@@ -155,7 +153,8 @@ def _eager_group(image: Tensor, group: Leaves, index: Tensor, taps: Taps, patch_
         pixels.append(pixel.view(shape).to(device))
         kind = taps.kind[index.numpy(), axis - num]
         weights.append(torch.from_numpy(_dense(taps, axis - num, kind, side, patch_size)).double().to(device))
-    x = image[(slice(None), *pixels)].double()  # [C, G, *size]
+    where: tuple[slice | Tensor, ...] = (slice(None), *pixels)
+    x = image[where].double()  # [C, G, *size]
     norm = torch.ones((), dtype=torch.float64, device=device)
     for axis, weight_GPs in enumerate(weights):
         x = torch.einsum("gps,cgs...->cg...p", weight_GPs, x)
