@@ -1,4 +1,4 @@
-"""Slow, plain oracles: the published greedy search, the optimal pruning, squared errors, and images drawn on the spot."""
+"""Slow, plain oracles: the published greedy search, the optimal pruning, squared errors; images drawn on the spot."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -64,13 +64,9 @@ def optimal_error(image: np.ndarray, max_leaves: int, least: int, patch_size: in
     errors: dict[int, np.ndarray] = {}
     size = least
     while size <= side:
-        n = side // size
-        grid = np.array(
-            [
-                [squared_error(image, [(y * size, x * size)], [(size, size)], patch_size) for x in range(n)]
-                for y in range(n)
-            ]
-        )
+        corners = product(range(0, side, size), repeat=2)
+        flat = [squared_error(image, [corner], [(size, size)], patch_size) for corner in corners]
+        grid = np.array(flat).reshape(side // size, -1)
         errors[size] = grid
         size *= 2
 
@@ -118,6 +114,6 @@ def draw_vessels(side: int, seed: int) -> np.ndarray:
         place, angle = rng.random(2) * side, rng.random() * 7
         for _ in range(2 * side):
             angle += rng.normal(0, 0.15)
-            place = (place + [np.sin(angle), np.cos(angle)]) % side
+            place = (place + np.array([np.sin(angle), np.cos(angle)])) % side
             image[int(place[0]) % side, int(place[1]) % side] -= 40
     return np.clip(image, 0, 255).astype(np.uint8)[None]

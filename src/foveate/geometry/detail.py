@@ -16,7 +16,7 @@ from torch import Tensor
 from foveate.errors import ConfigError, FormatError, ShapeError
 from foveate.geometry import kernels_detail as kernels
 from foveate.geometry.edges import edge_map
-from foveate.geometry.image import Image, as_array, as_volume, check_finite, plain, smoothed
+from foveate.geometry.image import Image, Real, as_array, as_volume, check_finite, plain, smoothed
 from foveate.geometry.pyramid import (
     Sizes,
     Values,
@@ -58,7 +58,7 @@ class Residual:
         noise_floor: subtract the energy that noise of the image's own level would have in the cell.
     """
 
-    smooth: float = 0.0
+    smooth: Real = 0.0
     noise_floor: bool = False
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class Residual:
 class TotalVariation:
     """Sum of absolute differences between neighbouring pixels, all axes and channels; keeps thin structures."""
 
-    smooth: float = 0.0
+    smooth: Real = 0.0
 
     def __post_init__(self) -> None:
         _check_sigma(self.smooth)
@@ -111,8 +111,8 @@ class Edges:
     """
 
     blur: int = 3
-    low: float | None = None
-    high: float | None = None
+    low: Real | None = None
+    high: Real | None = None
     quantile: float = 0.97
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class Edges:
         return map_pyramid(as_volume(edges[None]), image.shape[1:], sizes)
 
 
-def paper_edges(blur: int = 3, low: float = 100.0, high: float = 200.0) -> Edges:
+def paper_edges(blur: int = 3, low: Real = 100, high: Real = 200) -> Edges:
     """`Edges` with fixed thresholds, by default the paper's.
 
     Args:
@@ -224,7 +224,7 @@ class Mixture:
         terms: (detail, weight) pairs; weights are finite and not negative, and one is above 0.
     """
 
-    terms: tuple[tuple[Any, float], ...]
+    terms: tuple[tuple[Any, Real], ...]
 
     def __post_init__(self) -> None:
         weights = [weight for _, weight in self.terms]
@@ -252,7 +252,7 @@ class Smooth:
     """
 
     detail: Any
-    sigma: float
+    sigma: Real
 
     def __post_init__(self) -> None:
         _check_sigma(self.sigma)
@@ -307,7 +307,7 @@ def get_detail(detail: object) -> Detail:
     raise ConfigError(f"detail of type {type(detail).__name__} is not a name, a map, a function or a mixture")
 
 
-def _check_sigma(sigma: float) -> None:
+def _check_sigma(sigma: Real) -> None:
     if not 0 <= sigma < np.inf:
         raise ConfigError(f"smooth={sigma} must be a Gaussian sigma in pixels, finite and >= 0")
 
@@ -318,7 +318,7 @@ def _cell_area(shape: Sequence[int], sizes: Sizes) -> Values:
         for length, cell, count in zip(triple(shape), triple(sizes[0]), grid_dims(shape, sizes)[0], strict=True)
     ]
     area = sides[0][:, None, None] * sides[1][None, :, None] * sides[2][None, None, :]
-    return area.astype(np.float64)
+    return np.asarray(area, np.float64)
 
 
 def _noise_power(channel: Image) -> float:

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from foveate.geometry.image import Real
+
 LOW_SHARE = 0.4
 
 
 def edge_map(
-    image: NDArray[Any], blur: int, low: float | None, high: float | None, quantile: float
+    image: NDArray[Any], blur: int, low: Real | None, high: Real | None, quantile: float
 ) -> NDArray[np.uint8]:
     """1 on edges, 0 elsewhere, ``[*S]``; a constant image has no edges.
 
@@ -35,17 +37,17 @@ def edge_map(
 
 
 def _thresholds(
-    strength: NDArray[Any], low: float | None, high: float | None, quantile: float, least: float
+    strength: NDArray[Any], low: Real | None, high: Real | None, quantile: float, least: float
 ) -> tuple[float, float]:
     """Both thresholds; never below ``least``, so that rounding noise on a flat image is no edge."""
     if high is None:
         flat = strength.reshape(-1)
         high = max(float(np.quantile(flat[:: max(1, flat.size >> 20)], quantile)), least, low or 0.0)
-    return LOW_SHARE * high if low is None else min(low, high), high
+    return float(LOW_SHARE * high if low is None else min(low, high)), float(high)
 
 
 def _edges_2d(
-    image: NDArray[Any], blur: int, low: float | None, high: float | None, quantile: float
+    image: NDArray[Any], blur: int, low: Real | None, high: Real | None, quantile: float
 ) -> NDArray[np.uint8]:
     import cv2
 
@@ -65,7 +67,7 @@ def _edges_2d(
 
 
 def _edges_3d(
-    image: NDArray[Any], blur: int, low: float | None, high: float | None, quantile: float
+    image: NDArray[Any], blur: int, low: Real | None, high: Real | None, quantile: float
 ) -> NDArray[np.uint8]:
     from scipy.ndimage import correlate1d, gaussian_filter, generate_binary_structure, label
 

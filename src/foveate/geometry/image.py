@@ -13,6 +13,7 @@ from foveate.errors import FormatError, ShapeError
 from foveate.geometry.pyramid import triple
 
 Image = NDArray[Any]
+Real = float | int
 
 
 def as_array(values: Image | Tensor) -> Image:
@@ -49,7 +50,7 @@ def check_finite(array: Image, name: str) -> None:
         )
 
 
-def smoothed(image: Image, sigma: float) -> Image:
+def smoothed(image: Image, sigma: Real) -> Image:
     """The image after a Gaussian of ``sigma`` pixels over the spatial axes, float32; the image itself for 0."""
     if sigma == 0:
         return image

@@ -6,12 +6,14 @@ twins that the tests hold the kernels to. Shapes: C channels, D H W pixels or sa
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
 from itertools import product
+from typing import no_type_check
 
 import numpy as np
 from numba import njit
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _merge_border(src, c, z0, y0, x0, extent, length, ratio):
     """Sum and squared error of one group of samples at the border, where samples hold different numbers of pixels."""
     total, pixels, error = 0.0, 0.0, 0.0
@@ -21,7 +23,7 @@ def _merge_border(src, c, z0, y0, x0, extent, length, ratio):
             ny = min(extent[1], length[1] - y * extent[1])
             for x in range(x0, min(x0 + ratio[2], src.shape[3])):
                 n = float(nz * ny * min(extent[2], length[2] - x * extent[2]))
-                value = float(src[c, z, y, x])
+                value = np.float64(src[c, z, y, x])
                 if pixels > 0.0:
                     gap = total * n - value * pixels
                     error += gap * gap / (pixels * n * (pixels + n))
@@ -31,6 +33,7 @@ def _merge_border(src, c, z0, y0, x0, extent, length, ratio):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _merge_rows(src, c, z0, y0, width, scale, ratio, rows, acc):
     """Merge the full groups of one output row; ``rows[0]`` receives the sums and ``acc`` the squared errors."""
     acc[:width] = 0.0
@@ -39,13 +42,13 @@ def _merge_rows(src, c, z0, y0, width, scale, ratio, rows, acc):
         row = rows[q]
         if ratio[2] == 2:
             for x in range(width):
-                a = float(line[2 * x])
-                b = float(line[2 * x + 1])
+                a = np.float64(line[2 * x])
+                b = np.float64(line[2 * x + 1])
                 row[x] = a + b
                 acc[x] += (a - b) * (a - b) * scale
         else:
             for x in range(width):
-                row[x] = float(line[x])
+                row[x] = np.float64(line[x])
     scale = scale / ratio[2]
     count = ratio[0] * ratio[1]
     for r in (ratio[1], ratio[0]):
@@ -62,6 +65,7 @@ def _merge_rows(src, c, z0, y0, width, scale, ratio, rows, acc):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def haar_step(src, dst, energy, extent, length, ratio, origin, block):
     """Merge neighbouring samples by ``ratio`` (1 or 2 per axis); add the squared error of doing so to ``energy``.
 
@@ -113,6 +117,7 @@ def haar_step_eager(src, dst, energy, extent, length, ratio, origin, block):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def cell_sum(src, grid, cell):
     """Add every pixel of ``src [C, D, H, W]`` to the grid cell that holds it; ``grid`` is float64 ``[GD, GH, GW]``."""
     wide = src.shape[3]
@@ -123,7 +128,7 @@ def cell_sum(src, grid, cell):
             for c in range(src.shape[0]):
                 line = src[c, z, y]
                 for x in range(wide):
-                    acc[x] += float(line[x])
+                    acc[x] += np.float64(line[x])
             out = grid[z // cell[0], y // cell[1]]
             for g in range(out.shape[0]):
                 total = 0.0
@@ -139,6 +144,7 @@ def cell_sum_eager(src, grid, cell):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def variation_sum(src, grid, cell):
     """Add the absolute forward differences along all axes and channels of ``src [C, D, H, W]`` to the grid cells."""
     deep, tall, wide = src.shape[1:]
@@ -149,15 +155,15 @@ def variation_sum(src, grid, cell):
             for c in range(src.shape[0]):
                 line = src[c, z, y]
                 for x in range(wide - 1):
-                    acc[x] += abs(float(line[x + 1]) - float(line[x]))
+                    acc[x] += abs(np.float64(line[x + 1]) - np.float64(line[x]))
                 if y + 1 < tall:
                     below = src[c, z, y + 1]
                     for x in range(wide):
-                        acc[x] += abs(float(below[x]) - float(line[x]))
+                        acc[x] += abs(np.float64(below[x]) - np.float64(line[x]))
                 if z + 1 < deep:
                     behind = src[c, z + 1, y]
                     for x in range(wide):
-                        acc[x] += abs(float(behind[x]) - float(line[x]))
+                        acc[x] += abs(np.float64(behind[x]) - np.float64(line[x]))
             out = grid[z // cell[0], y // cell[1]]
             for x in range(wide):
                 out[x // cell[2]] += acc[x]
@@ -174,6 +180,7 @@ def variation_sum_eager(src, grid, cell):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def histogram(src, counts, cell, low, step):
     """Count the pixels of ``src [C, D, H, W]`` per grid cell and bin; ``counts`` is int32 ``[GD, GH, GW, bins]``."""
     last = counts.shape[3] - 1
@@ -182,7 +189,7 @@ def histogram(src, counts, cell, low, step):
             for y in range(src.shape[2]):
                 out = counts[z // cell[0], y // cell[1]]
                 for x in range(src.shape[3]):
-                    out[x // cell[2], min(int((float(src[c, z, y, x]) - low) / step), last)] += 1
+                    out[x // cell[2], min(int((np.float64(src[c, z, y, x]) - low) / step), last)] += 1
 
 
 def histogram_eager(src, counts, cell, low, step):

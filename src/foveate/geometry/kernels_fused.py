@@ -9,6 +9,8 @@ For a block of four sums a b / c d:  4 a^2 + 4 b^2 + 4 c^2 + 4 d^2 - (a + b + c 
 """
 # mypy: ignore-errors
 
+from typing import no_type_check
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -45,6 +47,7 @@ def _square_pairs(builder, value):
     return builder.add(builder.mul(low, low), builder.mul(high, high))
 
 
+@no_type_check
 def _merge(packed):
     """Build the intrinsic that merges 32 blocks of two rows; ``packed``: the rows are bytes, else uint16."""
 
@@ -75,9 +78,7 @@ def _merge(packed):
             a, b, c, d = parts
             top, bottom = builder.add(a, b), builder.add(c, d)
             builder.store(builder.add(top, bottom), place(data[2], index, _I16, LANES), align=2)
-            side = builder.add(
-                _square_pairs(builder, builder.sub(a, b)), _square_pairs(builder, builder.sub(c, d))
-            )
+            side = builder.add(_square_pairs(builder, builder.sub(a, b)), _square_pairs(builder, builder.sub(c, d)))
             total = builder.add(builder.add(side, side), _square_pairs(builder, builder.sub(top, bottom)))
             column = place(data[3], builder.lshr(index, one), _I32, LANES // 2)
             builder.store(builder.add(builder.load(column, align=4), total), column, align=4)
@@ -93,6 +94,7 @@ _merge_words = _merge(False)
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _tail(above, below, sums, acc, first, count):
     for x in range(first, count):
         a, b, c, d = int(above[2 * x]), int(above[2 * x + 1]), int(below[2 * x]), int(below[2 * x + 1])
@@ -101,6 +103,7 @@ def _tail(above, below, sums, acc, first, count):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _byte_row(above, below, sums, acc, count):
     full = count - count % LANES
     for x in range(0, full, LANES):
@@ -109,6 +112,7 @@ def _byte_row(above, below, sums, acc, count):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _word_row(above, below, sums, acc, count):
     full = count - count % LANES
     for x in range(0, full, LANES):
@@ -117,6 +121,7 @@ def _word_row(above, below, sums, acc, count):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _flush(acc, count, energy, block, scale):
     """Add the columns, two samples each, to the cells they lie in and clear them."""
     half = block // 2
@@ -129,6 +134,7 @@ def _flush(acc, count, energy, block, scale):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def fused_merge(image, sums, energies, blocks):
     """Merge a uint8 picture ``[C, H, W]`` four times; H and W are multiples of 16.
 

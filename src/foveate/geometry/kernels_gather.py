@@ -6,6 +6,8 @@ for the compiler to vectorise. Legend: L leaves, C channels, P patch_size; shape
 """
 # mypy: ignore-errors
 
+from typing import no_type_check
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -31,6 +33,7 @@ def _halves(builder, value, bits, lanes):
     return builder.add(builder.and_(both, low), builder.lshr(both, high))
 
 
+@no_type_check
 def _reduce(columns):
     """Build the intrinsic that adds 8 sums of ``rows`` x ``columns`` bytes to ``sums[place:place + 8]``."""
 
@@ -77,6 +80,7 @@ _reduce_1, _reduce_2, _reduce_4, _reduce_8 = (_reduce(columns) for columns in (1
 
 
 @intrinsic
+@no_type_check
 def _prefetch(context, flat, offset):
     """Ask for the cache line of one byte."""
 
@@ -92,6 +96,7 @@ def _prefetch(context, flat, offset):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _ask_for(flat, offset, stride, plane, deep, tall, wide):
     """Prefetch a box of bytes; leaves lie scattered, so the processor cannot guess the next one."""
     for z in range(deep):
@@ -102,6 +107,7 @@ def _ask_for(flat, offset, stride, plane, deep, tall, wide):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _add_rows(flat, offset, stride, rows, columns, sums, count):
     """Add ``rows`` rows of bytes to ``count`` sums of ``columns`` neighbours each."""
     for first in range(0, rows, ROWS):
@@ -122,6 +128,7 @@ def _add_rows(flat, offset, stride, rows, columns, sums, count):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def bytes_gather(image, start, ratio, which, sums, out):
     """Write the area means of leaves inside a uint8 image ``[C, D, H, W]``; P is a multiple of 8.
 
@@ -165,6 +172,7 @@ def bytes_gather(image, start, ratio, which, sums, out):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _fold_row(acc, fold, width, ratio):
     """Sum runs of ``ratio`` neighbours of ``acc``; returns which row of ``fold`` holds the sums."""
     now = 0
@@ -194,11 +202,12 @@ def _fold_row(acc, fold, width, ratio):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def inner_gather(image, start, ratio, which, acc, fold, out):
     """Write the area means of leaves that lie inside the image, ``out [L, C, PZ, PY, PX]``.
 
-    ``acc`` holds one row of a leaf in a type in which ``ratio[0] * ratio[1]`` pixels are added exactly, ``fold`` two such
-    rows in a type for whole samples.
+    ``acc`` holds one row of a leaf in a type in which ``ratio[0] * ratio[1]`` pixels are added exactly, ``fold`` two
+    such rows in a type for whole samples.
     """
     pz, py, px = out.shape[2], out.shape[3], out.shape[4]
     for n in range(which.shape[0]):
@@ -228,6 +237,7 @@ def inner_gather(image, start, ratio, which, acc, fold, out):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def sums_gather(sums, start, which, extent, ratio, out):
     """Write the area means of leaves from sums of pixels: ``sums [C, *S / extent]``, ``ratio`` sums per sample side."""
     pz, py, px = out.shape[2], out.shape[3], out.shape[4]
@@ -250,7 +260,8 @@ def sums_gather(sums, start, which, extent, ratio, out):
 def gather(image, start, size, patch, which, out):
     """Write the area means of the leaves ``which`` into ``out`` where a fast loop fits; return the leaves left over.
 
-    ``image [C, D, H, W]`` of any type; ``which`` are leaves inside the image whose size is a whole multiple of ``patch``.
+    ``image [C, D, H, W]`` of any type; ``which`` are leaves inside the image whose size is a whole
+    multiple of ``patch``.
     """
     ratio = size // np.asarray(patch)
     if image.dtype == np.uint8:

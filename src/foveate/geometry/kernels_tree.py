@@ -1,12 +1,13 @@
 """The walk from the roots down: which cells are split, in the exact order of the published greedy algorithm.
 
 Cells of all images of a batch live in one flat array of values, finest scale first. Two cells that wait at the same
-time never overlap, so the order of their Morton codes is the preorder of the tree: (value descending, code ascending) is the
-whole rule. Shapes: B images, K scales, L leaves.
+time never overlap, so the order of their Morton codes is the preorder of the tree: (value descending, code ascending)
+is the whole rule. Shapes: B images, K scales, L leaves.
 """
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
 import heapq
+from typing import no_type_check
 
 import numpy as np
 from numba import njit
@@ -16,6 +17,7 @@ IMAGE, SCALE, Z, Y, X = range(5)
 
 
 @njit(cache=True, nogil=True, inline="always")
+@no_type_check
 def _before(value, code, image, i, j):
     """Whether waiting cell i is split before waiting cell j."""
     if value[i] != value[j]:
@@ -26,6 +28,7 @@ def _before(value, code, image, i, j):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _push(heap, size, node, value, code, image):
     i = size
     while i > 0:
@@ -39,6 +42,7 @@ def _push(heap, size, node, value, code, image):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _pop(heap, size, value, code, image):
     size -= 1
     node = heap[size]
@@ -58,6 +62,7 @@ def _pop(heap, size, value, code, image):
 
 
 @njit(cache=True, nogil=True, inline="always")
+@no_type_check
 def _children(dims, ratio, image, scale, z, y, x):
     """Number of children inside the image along each axis."""
     below = dims[image, scale - 1]
@@ -66,6 +71,7 @@ def _children(dims, ratio, image, scale, z, y, x):
 
 
 @njit(cache=True, nogil=True, inline="always")
+@no_type_check
 def _child_code(ratio, scale, dz, dy, dx, flip):
     """Position of a child among its siblings: last axis fastest; ``flip`` turns the y axis over."""
     r = ratio[scale - 1]
@@ -75,13 +81,14 @@ def _child_code(ratio, scale, dz, dy, dx, flip):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def best_first(values, offset, dims, ratio, shift, roots, codes, budget, floor, finest, flip):
     """Split the cells in the order (value descending, preorder ascending) until the budget is spent.
 
     ``values`` flat; ``offset [B, K]``, ``dims [B, K, 3]`` place the grid of every image and scale in it; ``ratio
     [K - 1, 3]`` is the split from scale k + 1 to k; ``shift [K]`` the bits below scale k. ``roots [R, 5]`` are the
-    first cells. A cell is split while its value is above ``floor``. ``finest`` stops the whole walk when a cell of the finest
-    scale comes up (published rule); otherwise such cells are leaves and the walk goes on.
+    first cells. A cell is split while its value is above ``floor``. ``finest`` stops the whole walk when a cell of the
+    finest scale comes up (published rule); otherwise such cells are leaves and the walk goes on.
     Returns the table of leaves ``[L, 5]`` and their codes ``[L]``, in no order.
     """
     num = roots.shape[0]
@@ -161,6 +168,7 @@ def best_first_eager(values, offset, dims, ratio, shift, roots, codes, budget, f
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def above_floor(values, offset, dims, ratio, shift, roots, codes, room, floor):
     """Split every cell whose value is above ``floor``; ``room`` bounds the leaves. Returns as `best_first`."""
     table = np.empty((room, 5), np.int64)

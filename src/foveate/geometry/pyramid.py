@@ -28,10 +28,9 @@ def triple(values: Sequence[int]) -> Triple:
     return int(z), int(y), int(x)
 
 
-def split_ratios(sizes: Sizes) -> NDArray[np.int64]:
-    """How many children a cell of scale k + 1 has along each axis, ``[K - 1, 3]``."""
-    ratios = [[b // a for a, b in zip(triple(low), triple(high), strict=True)] for low, high in pairwise(sizes)]
-    return np.array(ratios, np.int64).reshape(-1, 3)
+def split_ratios(sizes: Sizes) -> list[Triple]:
+    """How many children a cell of scale k + 1 has along each axis, for k = 0 .. K - 2."""
+    return [triple([b // a for a, b in zip(triple(low), triple(high), strict=True)]) for low, high in pairwise(sizes)]
 
 
 def grid_dims(shape: Sequence[int], sizes: Sizes) -> NDArray[np.int64]:
@@ -42,7 +41,7 @@ def grid_dims(shape: Sequence[int], sizes: Sizes) -> NDArray[np.int64]:
 def fold(values: Values, ratio: Sequence[int], how: Literal["sum", "max"] = "sum") -> Values:
     """Combine the children of every cell of the next scale; ``ratio`` is 1 or 2 per axis."""
     for axis, r in enumerate(ratio):
-        if int(r) == 1:
+        if r == 1:
             continue
         first = (slice(None),) * axis
         out = values[(*first, slice(0, None, 2))].copy()
@@ -106,8 +105,11 @@ def residual_pyramid(
 
     The samples of a parent are the merged samples of its children, so its error is theirs plus that of merging: the
     Haar energy of one more level. Cells whose samples are single pixels have none. ``keep`` receives the sums of pixels
-    per sample, by the extent of the samples, as far as they are made whole.
+    per sample, by the extent of the samples, as far as they are made whole. float64 images are measured from
+    their first pixel, in float32.
     """
+    if image_CDHW.dtype == np.float64:  # room for exact sums: equal pixels must have no error at all
+        image_CDHW = (image_CDHW - image_CDHW.flat[0]).astype(np.float32)
     length, dims, ratios = triple(shape), grid_dims(shape, sizes), split_ratios(sizes)
     extents, cells = sample_sizes(sizes, patch_size), [triple(size) for size in sizes]
     levels = [np.zeros(tuple(d)) for d in dims]
@@ -174,7 +176,8 @@ def _fuse(
     dims = [-(-n // 16) for n in length[1:]]
     sums = np.empty((image_CDHW.shape[0], 1, *dims), np.float32)
     tall, wide = (n - n % 16 for n in length[1:])
-    fused_merge(image_CDHW[:, 0, :tall, :wide], sums[:, 0, : tall // 16, : wide // 16], tuple(e[0] for e in energies), blocks)
+    inner = sums[:, 0, : tall // 16, : wide // 16]
+    fused_merge(image_CDHW[:, 0, :tall, :wide], inner, tuple(energy[0] for energy in energies), blocks)
     for top, left, bottom in ((0, wide, tall), (tall, 0, length[1])):  # what is left at the right, then below
         part: NDArray[Any] = np.ascontiguousarray(image_CDHW[:, :, top:bottom, left:])
         border = triple(part.shape[1:])

@@ -22,7 +22,7 @@ from foveate.errors import BudgetError, ConfigError, ShapeError
 from foveate.geometry import kernels_tree as kernels
 from foveate.geometry.boxes import check_size
 from foveate.geometry.detail import AdditiveMap, get_detail
-from foveate.geometry.image import as_image
+from foveate.geometry.image import Real, as_image
 from foveate.geometry.leaves import Leaves
 from foveate.geometry.pyramid import Backend, Sizes, Values, grid_dims, split_ratios
 
@@ -35,12 +35,12 @@ def adaptive_leaves(
     image: Image,
     max_leaves: int | None = None,
     *,
-    tolerance: float | None = None,
+    tolerance: Real | None = None,
     min_size: Size = 8,
     max_size: Size | None = None,
     patch_size: Size | None = None,
     detail: Any = "residual",
-    spacing: Sequence[float] | None = None,
+    spacing: Sequence[Real] | None = None,
     stop: Stop = "fill",
 ) -> Leaves:
     """Cut an image into leaves, small where it has detail and large where it is quiet.
@@ -87,12 +87,12 @@ def adaptive_leaves_batch(
     images: Sequence[Image],
     max_leaves: int | None = None,
     *,
-    tolerance: float | None = None,
+    tolerance: Real | None = None,
     min_size: Size = 8,
     max_size: Size | None = None,
     patch_size: Size | None = None,
     detail: Any = "residual",
-    spacing: Sequence[float] | None = None,
+    spacing: Sequence[Real] | None = None,
 ) -> tuple[Leaves, ...]:
     """Cut a batch with one budget: leaves go to the images that need them.
 
@@ -126,7 +126,7 @@ def cell_sizes(
     shape: Sequence[int],
     min_size: Sequence[int],
     max_size: Sequence[int] | None = None,
-    spacing: Sequence[float] | None = None,
+    spacing: Sequence[Real] | None = None,
 ) -> Sizes:
     """The side of the cells at every scale, finest first.
 
@@ -161,7 +161,7 @@ class _Options:
     """The checked arguments."""
 
     max_leaves: int | None
-    tolerance: float | None
+    tolerance: Real | None
     min_size: tuple[int, ...]
     max_size: tuple[int, ...] | None
     patch_size: tuple[int, ...]
@@ -174,12 +174,12 @@ class _Options:
     def check(
         cls,
         max_leaves: int | None,
-        tolerance: float | None,
+        tolerance: Real | None,
         min_size: Size,
         max_size: Size | None,
         patch_size: Size | None,
         detail: Any,
-        spacing: Sequence[float] | None,
+        spacing: Sequence[Real] | None,
         stop: Stop,
         num_dims: int,
     ) -> "_Options":
@@ -242,7 +242,7 @@ def _walk(
     """Find the leaves of all images: their table of cells and their codes, unordered."""
     finest = options.stop == "reference"
     longest = max(sizes, key=len)
-    ratio = split_ratios(longest)
+    ratio = np.array(split_ratios(longest), np.int64).reshape(-1, 3)
     bits = np.log2(ratio.prod(1)).astype(np.int64) if len(ratio) else np.zeros(0, np.int64)
     shift = np.concatenate([[0], np.cumsum(bits)]).astype(np.int64)
     dims = np.ones((len(shapes), len(longest), 3), np.int64)
