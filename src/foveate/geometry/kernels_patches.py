@@ -122,67 +122,82 @@ def mask_gather(mask, start, kind, first, count, weight, ignore, soft, known):
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def _find(point, codes, order, least, bit_axis, roots):
+def _find(z, y, x, codes, order, least, bit_axis, roots):
     """Return the leaf whose run of codes starts at or before the code of the cell under a pixel, -1 off the grid."""
-    root = 0
+    if z < 0 or y < 0 or x < 0:
+        return -1
+    z, y, x = z // least[0], y // least[1], x // least[2]
     code = 0
-    shift = np.zeros(3, np.int64)
-    cell = point // least
     for bit in range(bit_axis.shape[0]):
-        axis = bit_axis[bit]
-        code |= ((cell[axis] >> shift[axis]) & 1) << bit
-        shift[axis] += 1
-    for axis in range(3):
-        place = cell[axis] >> shift[axis]
-        if point[axis] < 0 or place >= roots[axis]:
-            return -1
-        root = root * roots[axis] + place
+        if bit_axis[bit] == 2:
+            code |= (x & 1) << bit
+            x >>= 1
+        elif bit_axis[bit] == 1:
+            code |= (y & 1) << bit
+            y >>= 1
+        else:
+            code |= (z & 1) << bit
+            z >>= 1
+    if z >= roots[0] or y >= roots[1] or x >= roots[2]:
+        return -1
+    root = (z * roots[1] + y) * roots[2] + x
     slot = np.searchsorted(codes, code | (root << bit_axis.shape[0]), side="right") - 1
     return order[slot] if slot >= 0 else -1
+
+
+@njit(cache=True, nogil=True, inline="always")
+@no_type_check
+def _place(place, start, size, patch, shape, repeat):
+    """Return the pixel under a sample's centre along one axis, and twice P times its distance from the start."""
+    twice = (2 * place + 1) * size
+    point = start + twice // (2 * patch)
+    if repeat and not 0 <= point < shape:
+        point = min(max(point, 0), shape - 1)
+        twice = (2 * (point - start) + 1) * patch
+    return point, twice
 
 
 @njit(cache=True, nogil=True)
 @no_type_check
 def halo_gather(start, size, which, patch, codes, order, least, bit_axis, roots, shape, repeat, out):
     """Write the flat sample index under every cell of each leaf's grid of samples, padded by one sample."""
-    rim = np.array([(out.shape[1 + axis] - patch[axis]) // 2 for axis in range(3)])
-    point, place, twice = np.zeros(3, np.int64), np.zeros(3, np.int64), np.zeros(3, np.int64)
+    pz, py, px = patch
+    rz, ry, rx = (out.shape[1] - pz) // 2, (out.shape[2] - py) // 2, (out.shape[3] - px) // 2
     for n in range(which.shape[0]):
         leaf = which[n]
-        found = leaf
-        for k in range(out.shape[1]):
-            for i in range(out.shape[2]):
-                for j in range(out.shape[3]):
-                    place[0], place[1], place[2] = k - rim[0], i - rim[1], j - rim[2]
-                    inside = True
-                    for axis in range(3):
-                        # twice P times the distance of the sample's centre from the leaf's start, in pixels
-                        twice[axis] = (2 * place[axis] + 1) * size[leaf, axis]
-                        point[axis] = start[leaf, axis] + twice[axis] // (2 * patch[axis])
-                        inside &= 0 <= place[axis] < patch[axis]
-                        if repeat and not 0 <= point[axis] < shape[axis]:
-                            point[axis] = min(max(point[axis], 0), shape[axis] - 1)
-                            twice[axis] = (2 * (point[axis] - start[leaf, axis]) + 1) * patch[axis]
-                    if inside:
-                        found = leaf
-                    elif not _holds(found, point, start, size):
-                        found = _find(point, codes, order, least, bit_axis, roots)
-                    if not inside and not _holds(found, point, start, size):
-                        out[n, k, i, j] = -1
+        z0, y0, x0 = start[leaf]
+        plain = not repeat or (start[leaf] + size[leaf] <= shape).all()
+        near = leaf
+        for k in range(-rz, pz + rz):
+            z, tz = _place(k, z0, size[leaf, 0], pz, shape[0], repeat)
+            for i in range(-ry, py + ry):
+                y, ty = _place(i, y0, size[leaf, 1], py, shape[1], repeat)
+                row = 0 <= k < pz and 0 <= i < py
+                line = out[n, k + rz, i + ry]
+                for j in range(-rx, px + rx):
+                    own = row and 0 <= j < px
+                    if own and plain:
+                        line[j + rx] = ((leaf * pz + k) * py + i) * px + j
                         continue
-                    flat = found
-                    for axis in range(3):
-                        offset = 2 * patch[axis] * (start[leaf, axis] - start[found, axis]) + twice[axis]
-                        flat = flat * patch[axis] + offset // (2 * size[found, axis])
-                    out[n, k, i, j] = flat
+                    x, tx = _place(j, x0, size[leaf, 2], px, shape[2], repeat)
+                    found = leaf if own else near
+                    if not own and not _holds(found, z, y, x, start, size):
+                        found = near = _find(z, y, x, codes, order, least, bit_axis, roots)
+                        if not _holds(found, z, y, x, start, size):
+                            line[j + rx] = -1
+                            continue
+                    sz = (2 * pz * (z0 - start[found, 0]) + tz) // (2 * size[found, 0])
+                    sy = (2 * py * (y0 - start[found, 1]) + ty) // (2 * size[found, 1])
+                    sx = (2 * px * (x0 - start[found, 2]) + tx) // (2 * size[found, 2])
+                    line[j + rx] = ((found * pz + sz) * py + sy) * px + sx
 
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def _holds(leaf, point, start, size):
-    if leaf < 0:
-        return False
-    for axis in range(3):
-        if point[axis] < start[leaf, axis] or point[axis] >= start[leaf, axis] + size[leaf, axis]:
-            return False
-    return True
+def _holds(leaf, z, y, x, start, size):
+    return (
+        leaf >= 0
+        and 0 <= z - start[leaf, 0] < size[leaf, 0]
+        and 0 <= y - start[leaf, 1] < size[leaf, 1]
+        and 0 <= x - start[leaf, 2] < size[leaf, 2]
+    )
