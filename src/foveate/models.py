@@ -7,6 +7,7 @@
 import difflib
 import fnmatch
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from foveate.nn.unetr import DenseDecoder
 from foveate.nn.weights import load_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-_DECODERS = {"token": TokenDecoder, "linear": LinearDecoder, "unetr": DenseDecoder}
+_DECODERS: dict[str, Callable[..., nn.Module]] = {"token": TokenDecoder, "linear": LinearDecoder, "unetr": DenseDecoder}
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 
 
@@ -90,7 +91,9 @@ def create_config(name: str, **overrides: Any) -> ModelConfig:
     known = {field.name for field in fields(ModelConfig)}
     for key in overrides:
         if key not in known:
-            raise ConfigError(f"{key!r} is no field of a model{_close(key, known)}; fields are {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"{key!r} is no field of a model{_close(key, known)}; fields are {', '.join(sorted(known))}"
+            )
     if isinstance(overrides.get("out_blocks"), list):
         overrides["out_blocks"] = tuple(overrides["out_blocks"])
     try:
@@ -262,7 +265,9 @@ def _load_state(model: nn.Module, path: Path) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise FormatError(f"{path}: does not fit the model: {'; '.join(wrong[:3])}{more}; build it with the same config")
+        raise FormatError(
+            f"{path}: does not fit the model: {'; '.join(wrong[:3])}{more}; build it with the same config"
+        )
     model.load_state_dict(state)
 
 

@@ -9,9 +9,12 @@ def run(words: list[str]) -> int:
     """Train as the file says; any value can be changed as ``--section.key=value``."""
     parser = VerbParser("fit", "Train a segmenter. Any value of the file can be changed as --section.key=value.")
     parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="what to train on, and how")
+    parser.add_argument("--out", metavar="DIR", help="run folder instead of the file's own")
     parser.add_argument("--resume", action="store_true", help="continue from the run folder's last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace what the run folder holds")
     args, overrides = parser.parse_with_overrides(words)
+    if args.out is not None:
+        overrides.append(f"out={args.out}")
 
     from foveate.tasks.config import load_config
 

@@ -46,8 +46,8 @@ def attend(
 ) -> Float[Tensor, "T H E"]:
     """Softmax attention of every token to the tokens of its own image.
 
-    Nothing is padded, so a pack costs the sum of its images, and on the CPU an image gets the same bits alone and in
-    any company. CUDA in half precision runs one varlen kernel; everything else one fused kernel per image, on views.
+    Nothing is padded, so a pack costs the sum of its images, and on the CPU attention gives an image the same bits alone
+    and in any company. CUDA in half precision runs one varlen kernel; everything else one fused kernel per image, on views.
 
     Args:
         q_THE: queries of the pack.
@@ -66,7 +66,8 @@ def attend(
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest = packing.cu_seqlens, packing.max_length
-        out: Tensor = varlen_attn(q_THE, k_THE, v_THE, cu, cu, longest, longest)
+        out = varlen_attn(q_THE, k_THE, v_THE, cu, cu, longest, longest)
+        assert isinstance(out, Tensor)
         return out
     parts = zip(*(x_THE.split(list(packing.lengths)) for x_THE in (q_THE, k_THE, v_THE)), strict=True)
     outs = [_attend_image(*part) for part in parts]

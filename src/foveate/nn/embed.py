@@ -48,9 +48,7 @@ class PatchEmbed(nn.Module):
         return functional.linear(pixels.flatten(1).to(weight.dtype), weight.flatten(1), self.proj.bias)
 
 
-def axis_weights(
-    start: Int64[Tensor, " T"], stop: Int64[Tensor, " T"], extent: int, grid: int
-) -> Float[Tensor, "T G"]:
+def axis_weights(start: Int64[Tensor, " T"], stop: Int64[Tensor, " T"], extent: int, grid: int) -> Float[Tensor, "T G"]:
     """How much of each entry of a one-dimensional table a span of an axis sees; rows sum to 1.
 
     The table's entries sit at the centres of ``grid`` equal cells. A span of n cells is sampled at the centres of n

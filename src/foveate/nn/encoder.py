@@ -48,6 +48,11 @@ class EncoderProtocol(Protocol):
         """Encode a pack."""
 
 
+def evenly_spaced(depth: int, num: int = 4) -> tuple[int, ...]:
+    """Indices of ``num`` evenly spaced blocks out of ``depth``, the last one among them; fewer where there are fewer."""
+    return tuple(sorted({max(0, round(depth * part / num) - 1) for part in range(1, num + 1)}))
+
+
 class LayerScale(nn.Module):
     """A learned factor per channel (CaiT, DINOv2)."""
 
@@ -137,7 +142,7 @@ class EncoderConfig:
         """``out_blocks`` with the default resolved."""
         if self.out_blocks is not None:
             return tuple(self.out_blocks)
-        return tuple(sorted({max(0, round(self.depth * part / 4) - 1) for part in (1, 2, 3, 4)}))
+        return evenly_spaced(self.depth)
 
     @property
     def num_prefix(self) -> int:

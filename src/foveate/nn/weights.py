@@ -14,7 +14,18 @@ from torch.nn import functional
 from foveate.errors import FormatError
 from foveate.nn.encoder import Encoder
 
-_PREFIXES = ("state_dict.", "module.", "model.", "backbone.", "encoder.", "teacher.", "student.", "vit.", "dinov2.", "visual.")
+_PREFIXES = (
+    "state_dict.",
+    "module.",
+    "model.",
+    "backbone.",
+    "encoder.",
+    "teacher.",
+    "student.",
+    "vit.",
+    "dinov2.",
+    "visual.",
+)
 _DROPPED = ("head.", "fc_norm.", "classifier.", "pooler.", "pre_logits.", "decoder")
 _IGNORED = ("mask_token", "embeddings.mask_token", "decoder_pos_embed")
 _RENAMED = (
@@ -92,7 +103,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise FormatError(f"{path}: is no readable checkpoint of tensors ({reason}); convert it to safetensors") from None
+        raise FormatError(
+            f"{path}: is no readable checkpoint of tensors ({reason}); convert it to safetensors"
+        ) from None
     for key in ("state_dict", "model", "teacher"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -150,7 +163,9 @@ def _resize_positions(table_1ED: Tensor, encoder: Encoder, path: Path) -> Tensor
     if side != grid:
         dense = table.transpose(1, 2).unflatten(2, (side,) * num_dims).float()
         mode = "bicubic" if num_dims == 2 else "trilinear"
-        dense = functional.interpolate(dense, (grid,) * num_dims, mode=mode, align_corners=False, antialias=num_dims == 2)
+        dense = functional.interpolate(
+            dense, (grid,) * num_dims, mode=mode, align_corners=False, antialias=num_dims == 2
+        )
         table = dense.flatten(2).transpose(1, 2).to(table.dtype)
     return torch.cat([prefix[:, :wanted], table], 1)
 

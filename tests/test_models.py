@@ -1,0 +1,104 @@
+"""Named models: built, run, saved, read back, and refused with the right word."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import foveate as fv
+from foveate.errors import ConfigError, FormatError
+from foveate.models import create_config
+
+TINY = {"width": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "pos_grid": 4, "decoder_width": 4}
+NAMES = ["apf_vit_tiny", "apf_vit_tiny_linear", "apf_vit_tiny_3d", "apf_vit_tiny_3d_linear"]
+
+
+def tiny(name: str, **changes: object) -> fv.SegmentationModel:
+    torch.manual_seed(0)
+    return fv.create_model(name, in_chans=2, num_classes=3, **{**TINY, **changes})  # type: ignore[arg-type]
+
+
+def patches_of(model: fv.SegmentationModel, seed: int = 0, side: int = 16, max_leaves: int = 22) -> fv.Patches:
+    shape = (side,) * model.config.num_dims
+    image = torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
+    return fv.patchify(image, fv.adaptive_leaves(image, max_leaves=max_leaves, min_size=4), 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_packed_like_the_pixels(name: str) -> None:
+    model = tiny(name)
+    patches = patches_of(model)
+    logits = model(patches)
+    assert logits.shape == (len(patches.pixels), 3, *patches.pixels.shape[2:])
+    logits.square().mean().backward()
+    assert sum(float(parameter.grad.abs().sum()) for parameter in model.parameters() if parameter.grad is not None) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_has_the_same_answer_in_any_company(name: str) -> None:
+    model = tiny(name).eval()
+    packs = [patches_of(model, 0), patches_of(model, 1, 32, 40), patches_of(model, 2, 8, 1)]
+    together = model(fv.pack(packs)).split([len(pack.pixels) for pack in packs])
+    for pack, part in zip(packs, together, strict=True):
+        torch.testing.assert_close(model(pack), part, rtol=1e-5, atol=1e-6)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model = tiny("apf_vit_tiny", out_blocks=(0, 1), rope=True)
+    model.save_pretrained(tmp_path / "m")
+    again = fv.SegmentationModel.from_pretrained(tmp_path / "m")
+    patches = patches_of(model)
+    assert again.config == model.config
+    assert torch.equal(again(patches), model(patches))
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    warm = fv.create_model("apf_vit_tiny", in_chans=2, num_classes=3, weights=tmp_path / "m", rope=True, **TINY)
+    assert torch.equal(warm(patches), model(patches))
+
+
+def test_segment_gives_logits_per_pixel_and_restores_the_mode() -> None:
+    model = tiny("apf_vit_tiny").train()
+    out = model.segment(torch.randn(2, 21, 37), max_leaves=16)
+    assert out.shape == (3, 21, 37)
+    assert model.training
+
+
+def test_names() -> None:
+    assert fv.list_models("apf_vit_tiny*") == [
+        "apf_vit_tiny", "apf_vit_tiny_3d", "apf_vit_tiny_3d_linear", "apf_vit_tiny_3d_unetr", "apf_vit_tiny_linear",
+        "apf_vit_tiny_unetr",
+    ]  # fmt: skip
+    assert fv.list_models("apf*") == fv.list_models()
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("apf_vit_tinny", {}, "did you mean 'apf_vit_tiny'"),
+        ("apf_vit_tiny", {"dept": 3}, "'dept' is no field of a model, did you mean 'depth'"),
+        ("apf_vit_tiny", {"decoder": "cnn"}, "decoder='cnn' is none of token, linear, unetr"),
+        ("apf_vit_tiny", {"num_classes": 0}, "num_classes=0, decoder_width=16: both must be at least 1"),
+        ("apf_vit_tiny", {"depth": "x"}, "a value has the wrong type"),
+    ],
+)
+def test_config_rejects_unknown_and_inconsistent(name: str, overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_config(name, **overrides)
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    model = tiny("apf_vit_tiny")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(FormatError, match="cannot be read"):
+        fv.SegmentationModel.from_pretrained(tmp_path / "nowhere")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "width": 32}))
+    with pytest.raises(FormatError, match=r"does not fit the model: .* has shape"):
+        fv.SegmentationModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "colour": 1}))
+    with pytest.raises(FormatError, match="unknown fields colour"):
+        fv.SegmentationModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(FormatError, match="no readable safetensors"):
+        fv.SegmentationModel.from_pretrained(tmp_path)
