@@ -1,5 +1,8 @@
 """Splits: what stays, what leaves, and the gradient through the choice."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -117,3 +120,16 @@ def test_topk_maps_over_a_further_axis() -> None:
     score = torch.randn(5, 2, 8)
     kept = torch.func.vmap(lambda one: topk(one, 3).kept)(score)
     assert torch.equal(kept, torch.stack([topk(one, 3).kept for one in score]))
+
+
+@pytest.mark.slow
+def test_soft_topk_compiles_without_a_break() -> None:
+    """In a process of its own: the runtime shape checks of the tests cannot be compiled."""
+    code = """
+import torch
+from foveate.geometry.split import soft_topk
+chosen = torch.compile(lambda score, valid: soft_topk(score, 2, valid=valid)[1], backend="eager", fullgraph=True)
+score, valid = torch.randn(2, 8), torch.arange(8)[None] < torch.tensor([[5], [8]])
+assert torch.equal(chosen(score, valid), soft_topk(score, 2, valid=valid)[1])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
