@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from foveate.geometry.patches import Patches
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
 import record
 from foveate.geometry.leaves import Leaves, uniform_leaves
+from foveate.geometry.patches import Patches
 from foveate.nn.decoder import TokenDecoder
 from foveate.nn.unetr import DenseDecoder
 
@@ -113,7 +113,7 @@ def times(dense_sides: tuple[int, ...], cases: tuple[tuple[int, int], ...], repe
     taken: dict[Any, list[float]] = {}
     for call in tokens.values():
         call()
-    for turn in range(repeats):
+    for _ in range(repeats):
         for side in dense_sides:
             dense = dense_side(side)
             taken.setdefault(side, []).append(cpu_seconds(dense))
