@@ -5,8 +5,11 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
 from foveate.tasks.config import FitConfig, config_from_dict
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 
 def write_disc(folder: Path, name: str, seed: int, shape: tuple[int, int] = (64, 64), *, radius: int = 14) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from foveate.tasks.config import TrainConfig
 
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
 
 @dataclass
 class ToyBatch:
