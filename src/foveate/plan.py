@@ -9,44 +9,22 @@ is kept as :func:`encoder_flops` and equals the rehearsal.
 """
 
 import math
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from foveate.errors import BudgetError, ConfigError
+from foveate.ledger import Ledger, RealIndices, Stage, fused_attention
 
 if TYPE_CHECKING:
     from foveate.models import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STAGES = ("embedding", "attention", "mlp", "encoder", "decoder", "loss", "backward")
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One part of a run.
-
-    Args:
-        name: one of ``STAGES``.
-        flops: floating point operations of its matrix products (a multiplication and an addition are two).
-        peak_bytes: most bytes of activations alive during it, those of earlier stages included.
-    """
-
-    name: str
-    flops: int
-    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -141,7 +119,7 @@ def plan(
     network, config = _build(model, DTYPES[dtype], training)
     patches = _patches(config, num_leaves, batch_size, DTYPES[dtype])
     ledger = Ledger([*network.parameters(), *network.buffers(), patches.pixels])
-    with torch.set_grad_enabled(training), _FusedAttention(), ledger, _named_stages(network, ledger):
+    with torch.set_grad_enabled(training), RealIndices(), fused_attention(), ledger, _named_stages(network, ledger):
         logits = network(patches)
         if training:
             with ledger.stage("loss"):
@@ -173,7 +151,8 @@ def encoder_flops(config: "ModelConfig", num_leaves: int) -> int:
     length, width = num_leaves + int(config.class_token) + config.num_registers, config.width
     dense = 8 * length * width**2 + 4 * length * width * int(width * config.mlp_ratio)
     patch = config.in_chans * config.patch_size**config.num_dims
-    return config.depth * (dense + 4 * length**2 * width) + 2 * num_leaves * patch * width
+    blocks = config.depth * (dense + 4 * length**2 * width)
+    return int(blocks + 2 * num_leaves * patch * width)
 
 
 def plan_image(
@@ -228,110 +207,6 @@ def format_bytes(size: int) -> str:
     return f"{value:.1f} TiB"
 
 
-class Ledger(TorchDispatchMode):
-    """Counts operations and live bytes of everything that runs inside it, by stage, on any device.
-
-    Args:
-        known: tensors that exist already and are not counted.
-    """
-
-    def __init__(self, known: Sequence[Tensor] = ()) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._flops: dict[str, int] = {}
-        self._peaks: dict[str, int] = {}
-        self._names = ["encoder"]
-        self._fixed = False
-        self._held = [tensor.untyped_storage() for tensor in known]
-        self._known = {id(storage) for storage in self._held}
-
-    def stages(self) -> tuple[Stage, ...]:
-        """What was counted, in order of first use."""
-        return tuple(Stage(name, self._flops.get(name, 0), peak) for name, peak in self._peaks.items())
-
-    @contextmanager
-    def stage(self, name: str, *, outermost: bool = False) -> Iterator[None]:
-        """Book what runs inside under a name; ``outermost`` keeps inner stages from taking over."""
-        self.enter(name)
-        self._fixed = outermost
-        yield
-        self._fixed = False
-        self.leave()
-
-    def enter(self, name: str) -> None:
-        """Begin a stage; stages nest."""
-        self._names.append(self._names[-1] if self._fixed else name)
-
-    def leave(self) -> None:
-        """End the innermost stage."""
-        self._names.pop()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run one operation and book it."""
-        out = func(*args, **(kwargs or {}))
-        name = self._names[-1]
-        self._flops[name] = self._flops.get(name, 0) + _count(func, args, kwargs or {}, out)
-        for value in tree_leaves(out):
-            if isinstance(value, Tensor):
-                self._book(value)
-        self._peaks[name] = max(self._peaks.get(name, 0), self.live)
-        return out
-
-    def _book(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if id(storage) in self._known:
-            return
-        self._known.add(id(storage))
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, id(storage), storage.nbytes()).atexit = False
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Sends attention to the fused CPU kernel, which exists on meta too, instead of its L x L decomposition."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
-            return _fused(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    missing = 4 - query.ndim
-    query, key, value = (x.reshape((1,) * missing + x.shape) if missing > 0 else x for x in (query, key, value))
-    out: Tensor = _FLASH(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-    return out.reshape(out.shape[missing:]) if missing > 0 else out
-
-
-def _count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    packet = func._overloadpacket
-    if packet in (_FLASH, _FLASH_BACKWARD):
-        first = 1 if packet is _FLASH_BACKWARD else 0
-        query, key = args[first], args[first + 1]
-        pairs = math.prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
-        return (10 if packet is _FLASH_BACKWARD else 4) * pairs
-    formula = flop_registry.get(packet)
-    return int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
-
-
 def _build(model: "str | ModelConfig", dtype: torch.dtype, training: bool) -> tuple[nn.Module, "ModelConfig"]:
     from foveate.models import build_model, create_config
 
@@ -342,12 +217,14 @@ def _build(model: "str | ModelConfig", dtype: torch.dtype, training: bool) -> tu
 
 
 def _patches(config: "ModelConfig", num_leaves: int, batch_size: int, dtype: torch.dtype) -> Any:
-    """Patches without memory: a strip of leaves of the patch size for every image."""
+    """Patches without memory: a square block of leaves of the patch size for every image."""
     from foveate.geometry.leaves import uniform_leaves
     from foveate.geometry.patches import Patches
 
     sides = (config.patch_size,) * config.num_dims
-    leaves = uniform_leaves((*sides[:-1], config.patch_size * num_leaves), config.patch_size)
+    wide = math.ceil(num_leaves ** (1 / config.num_dims) - 1e-9)
+    block = uniform_leaves([side * wide for side in sides], config.patch_size)
+    leaves = block.select(torch.arange(num_leaves))
     pixels = torch.empty(num_leaves * batch_size, config.in_chans, *sides, dtype=dtype, device="meta")
     return Patches(pixels, (leaves,) * batch_size)
 

@@ -73,8 +73,8 @@ def _describe(image: "NDArray[Any]", leaves: "Leaves", patch_size: int) -> Itera
     for scale, number in enumerate(counts):
         if number:
             share = float(leaves.area[leaves.scale == scale].sum()) / total
-            side = " x ".join(str(length) for length in leaves.sizes[scale])
-            yield f"  {side:>13} pixels  {number:>9,} leaves  {100 * share:5.1f} % of the image"
+            extent = " x ".join(str(length) for length in leaves.sizes[scale])
+            yield f"  {extent:>13} pixels  {number:>9,} leaves  {100 * share:5.1f} % of the image"
     side = min(leaves.min_size)
     while _grid(leaves.shape, side) > len(leaves):
         side += 1
