@@ -1,94 +1,92 @@
-"""What fewer leaves save in the encoder: measured against what the count of operations predicts.
+"""Fewer tokens, less time: the encoder's measured speed-up over the one that its FLOPs predict.
 
 Run ``foveate bench encoder`` (about two CPU minutes) or ``--quick`` (seconds; proves nothing).
 """
 
 import argparse
-import gc
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 import record
-from foveate.geometry.leaves import Leaves, uniform_leaves
-from foveate.geometry.patches import patchify
+from _timing import in_turn, speed_up
+from foveate.geometry.leaves import uniform_leaves
+from foveate.geometry.patches import Patches, patchify
 from foveate.geometry.tree import adaptive_leaves
 from foveate.nn.encoder import Encoder, EncoderConfig
+from foveate.testing import synthetic_image
 
 PATCH, CHANNELS = 16, 3
 PROTOCOL = """
-ViT-S (width 384, 6 heads, patch size 16, class token), 6 blocks of its 12 so that a run stays short; every block costs
-the same. One image of 1024^2: the uniform grid of 4,096 leaves of 16 pixels against adaptive leaves of at least 16
-pixels, from patches to hidden states, embedding and positions included, tree and patches not. One thread, process CPU
-time, the four sides interleaved, best of the repeats. Predicted: F(4096) / F(L) with
-F(L) = depth (24 L E^2 + 4 L^2 E) + 2 L C P^2 E, L with the class token. The claim is measured speed-up / predicted
-speed-up, at least 0.9. Training is forward and backward of the sum of squares of the hidden states. The spread runs
-over the repeats, round by round.
+ViT-S encoder (width 384, 6 heads, {depth} blocks, class token), patch size 16, 3 channels, float32, one thread, process
+CPU time, one image of {side}^2 (foveate.testing.synthetic_image), all lengths in turn, least of n turns; spread: least
+and greatest of one turn. The long sequence is the uniform grid of 16-pixel leaves, the short ones are adaptive leaves
+of the same image, least size 16. The call is the whole encoder on packed patches: projection, positions averaged over
+the leaves' boxes, code of place and size, blocks, norm; the tree and the patches are made before. Training step:
+forward, backward of the mean square of the last hidden state, AdamW. Prediction: ratio of
+F(L) = depth (24 L E^2 + 4 L^2 E) + 2 L C P^2 E at the true number of leaves.
 """
 
 
-def operations(length: int, config: EncoderConfig) -> float:
-    """Operations of the encoder for one image: the formula of the protocol."""
-    width, tokens = config.width, length + config.num_prefix
-    blocks = config.depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
-    return blocks + 2 * length * config.in_chans * config.patch_size**config.num_dims * width
+def flops(config: EncoderConfig, length: int) -> float:
+    """FLOPs of one forward pass over one image."""
+    blocks = config.depth * (24 * length * config.width**2 + 4 * length**2 * config.width)
+    return blocks + 2 * length * config.in_chans * config.patch_size**2 * config.width
 
 
-def sides(image: Tensor, counts: tuple[int, ...]) -> list[Leaves]:
-    trees = [adaptive_leaves(image, max_leaves=count, min_size=PATCH, patch_size=PATCH) for count in counts]
-    return [uniform_leaves(image.shape[1:], PATCH), *trees]
+def cut(side: int, budgets: tuple[int, ...]) -> list[Patches]:
+    """The image on its uniform grid, and on as many adaptive leaves as each budget allows."""
+    pixels, _ = synthetic_image(side, seed=0)
+    image = pixels.astype(np.float32) / 255 - 0.5
+    trees = [adaptive_leaves(image, max_leaves=budget, min_size=PATCH) for budget in budgets]
+    return [patchify(image, leaves, PATCH) for leaves in (uniform_leaves((side, side), PATCH), *trees)]
 
 
-def runner(net: Encoder, image: Tensor, leaves: Leaves, training: bool) -> Callable[[], None]:
-    patches = patchify(image, leaves, PATCH)
-
-    def forward() -> None:
+def forward(encoder: Encoder, patches: Patches) -> Callable[[], object]:
+    def call() -> object:
         with torch.no_grad():
-            net(patches)
+            return encoder(patches)
 
-    def step() -> None:
-        torch.stack([hidden.float().square().sum() for hidden in net(patches).hidden]).sum().backward()
-
-    return step if training else forward
+    return call
 
 
-def cpu_seconds(call: Callable[[], None]) -> float:
-    gc.collect()
-    start = time.process_time()
-    call()
-    return time.process_time() - start
+def training_step(encoder: Encoder, patches: Patches) -> Callable[[], object]:
+    optimizer = torch.optim.AdamW(encoder.parameters(), 1e-5)
+
+    def call() -> None:
+        optimizer.zero_grad()
+        encoder(patches).hidden[-1].square().mean().backward()
+        optimizer.step()
+
+    return call
 
 
-def measure(
-    name: str, net: Encoder, image: Tensor, trees: list[Leaves], repeats: int, training: bool = False
-) -> list[dict[str, Any]]:
-    calls = [runner(net, image, leaves, training) for leaves in trees]
-    calls[-1]()
-    rounds = [[cpu_seconds(call) for call in calls] for _ in range(repeats)]
-    best = [min(side) for side in zip(*rounds, strict=True)]
+def claims_of(what: str, encoder: Encoder, packs: list[Patches], turns: int) -> list[dict[str, Any]]:
+    """One claim per shorter sequence; the first pack is the long one."""
+    make = training_step if what == "training" else forward
+    calls = {str(len(patches.pixels)): make(encoder, patches) for patches in packs}
+    for call in calls.values():
+        call()
+    taken = in_turn(calls, turns)
+    lengths = list(map(int, calls))
     claims = []
-    for index, leaves in enumerate(trees[1:], 1):
-        predicted = operations(len(trees[0]), net.config) / operations(len(leaves), net.config)
-        measured = best[0] / best[index]
-        note = (
-            f"{best[0] * 1e3:.0f} ms -> {best[index] * 1e3:.0f} ms with {len(leaves)} leaves: {measured:.2f} x, "
-            f"predicted {predicted:.2f} x"
-        )
-        ratios = [one[0] / one[index] / predicted for one in rounds]
-        against = f"operations of {len(trees[0])} leaves / of {len(leaves)}"
+    for length in lengths[1:]:
+        slow, fast = taken[str(lengths[0])], taken[str(length)]
+        measured, spread = speed_up(slow, fast)
+        predicted = flops(encoder.config, lengths[0]) / flops(encoder.config, length)
+        note = f"measured {measured:.2f}x, predicted {predicted:.2f}x; {min(slow):.2f} s against {min(fast):.3f} s, "
         claims.append(
             record.claim(
-                f"encoder.{name}.L{len(leaves)}",
+                f"encoder.{what}.L{lengths[0]}-L{length}",
                 measured / predicted,
                 "of predicted",
-                against,
+                "FLOP model",
                 0.9,
-                spread=(min(ratios), max(ratios)),
-                note=note,
+                spread=[value / predicted for value in spread],
+                note=f"{note}n = {turns}",
             )
         )
     return claims
@@ -98,16 +96,15 @@ def main(quick: bool = False, out: Path = record.RESULTS) -> Path:
     """Measure the family and write its record."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    side, counts, depth = (256, (128, 64, 32), 1) if quick else (1024, (2048, 1024, 512), 6)
+    side, depth = (256, 2) if quick else (1024, 12)
+    budgets = (128, 64) if quick else (2048, 1024, 512)
     config = EncoderConfig(patch_size=PATCH, in_chans=CHANNELS, width=384, depth=depth, num_heads=6)
-    net = Encoder(config).eval()
-    image = torch.randn(CHANNELS, side, side)
-    trees = sides(image, counts)
-    claims = measure("float32", net, image, trees, 1 if quick else 4)
-    claims += measure("training.float32", net, image, trees, 1 if quick else 2, training=True)
-    claims += measure("bfloat16", net.bfloat16(), image, trees, 1 if quick else 5)
-    size = "A quick run at far smaller sizes than these, which proves nothing. " if quick else ""
-    return record.write("encoder", size + PROTOCOL, claims, out)
+    encoder = Encoder(config)
+    packs = cut(side, budgets)
+    claims = claims_of("forward", encoder.eval(), packs, 2 if quick else 5)
+    claims += claims_of("training", encoder.train(), [packs[0], *packs[2:]], 2)
+    head = "QUICK RUN, proves nothing. " if quick else ""
+    return record.write("encoder", head + PROTOCOL.format(depth=depth, side=side), claims, out)
 
 
 if __name__ == "__main__":

@@ -1,112 +1,162 @@
-"""A batch of one long image among fifteen short ones: packed, against padded to the longest with a mask.
+"""One long image among short ones: packed attention and blocks against padding to the longest.
 
 Run ``foveate bench ragged`` (about two CPU minutes) or ``--quick`` (seconds; proves nothing).
+
+Legend: T tokens of the pack, B images, L longest image, D width, H heads, E width of a head.
 """
 
 import argparse
-import gc
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 import record
+from _timing import in_turn, speed_up
 from foveate.nn.attention import Packing, attend
 from foveate.nn.encoder import Block
 
-LENGTHS = (4096, 96, 112, 136, 152, 184, 208, 232, 256, 280, 304, 336, 368, 400, 448, 512)
-QUICK = (256, 6, 8, 8, 9, 11, 13, 14, 16, 17, 19, 21, 23, 25, 28, 32)
 WIDTH, HEADS = 384, 6
-AGAINST = "padded to the longest image, with a mask over padding"
+PADDED = "padding to the longest, SDPA with a bool mask of valid keys"
 PROTOCOL = """
-Forward, no gradients, one thread, process CPU time, packed and padded interleaved, best of the repeats. Sixteen images
-of LENGTHS tokens, the sizes of ViT-S (width 384, 6 heads). Attention: foveate.nn.attention.attend on the pack against
-one scaled_dot_product_attention on [16, 6, max, 64] with a boolean key mask. Block: one whole ViT-S block (norms, qkv,
-attention, projection, mlp) on the pack against the same weights on [16, max, 384] with that mask. Both sides are
-checked to agree on every real token before they are timed. The formula is 24 L E^2 + 4 L^2 E operations for a block,
-summed over the images, with L the longest for the padded side; a ratio above the formula's is the mask's own cost.
-The spread runs over the repeats, round by round.
+ViT-S (width 384, 6 heads), float32, one thread, process CPU time, both sides in turn, least of n turns each; spread:
+least and greatest ratio of one turn. {lengths}. Packed: the library's attention and blocks. Padded: the same weights
+on (images, longest, width), one SDPA call with a bool mask of the valid keys, its input already padded. Attention
+alone: queries, keys and values given. Blocks: {depth} pre-norm block(s) with all their linear maps. Backward: of a
+fixed random weighting of the valid outputs, to inputs and weights. Before timing, outputs (and, where there is a
+backward pass, gradients of the inputs) of both sides on valid tokens are required to be equal within 1e-5 (of the
+largest entry, where that is above 1). Ideal: ratio of the FLOPs, 4 L^2 D per image for attention and 24 L D^2 for the rest
+of a block.
 """
 
-
-def padded_attention(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, valid_BL: Tensor) -> Tensor:
-    """The usual way: keys that are padding get no weight."""
-    return functional.scaled_dot_product_attention(q_BHLE, k_BHLE, v_BHLE, attn_mask=valid_BL[:, None, None, :])
+Inputs = tuple[Tensor, ...]
+Side = Callable[..., Tensor]
 
 
-def padded_block(block: Block, x_BLD: Tensor, valid_BL: Tensor) -> Tensor:
-    """A block on a padded batch, with the same weights."""
-    qkv = block.attn.qkv(block.norm1(x_BLD)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-    mixed = padded_attention(*qkv.unbind(0), valid_BL).transpose(1, 2).flatten(2)
-    x_BLD = x_BLD + block.attn.proj(mixed)
+def draw_lengths(longest: int, num_short: int, short: int) -> tuple[int, ...]:
+    """One long image in the middle of short ones, which vary by 40 % around their mean."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(int(0.6 * short), int(1.4 * short), num_short).tolist()
+    return (*lengths[: num_short // 2], longest, *lengths[num_short // 2 :])
+
+
+def pad(x_TX: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(list(x_TX.split(list(lengths))), batch_first=True)
+
+
+def masked_attention(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, valid_BL: Tensor) -> Tensor:
+    q, k, v = (x_BLHE.transpose(1, 2) for x_BLHE in (q_BLHE, k_BLHE, v_BLHE))
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=valid_BL[:, None, None, :]).transpose(1, 2)
+
+
+def masked_block(block: Block, x_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+    qkv = block.attn.qkv(block.norm1(x_BLD)).unflatten(2, (3, HEADS, -1))
+    x_BLD = x_BLD + block.attn.proj(masked_attention(*qkv.unbind(2), valid_BL).flatten(2))
     return x_BLD + block.mlp(block.norm2(x_BLD))
 
 
-def attention_pair(lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Callable[[], Tensor], ...]:
-    packing, valid = Packing(lengths), padding(lengths)
-    parts = [torch.randn(sum(lengths), HEADS, WIDTH // HEADS).to(dtype) for _ in range(3)]
-    padded = [pad(part, lengths).transpose(1, 2).contiguous() for part in parts]
-    return lambda: attend(*parts, packing), lambda: padded_attention(*padded, valid).transpose(1, 2)
+def ideal(lengths: tuple[int, ...], *, blocks: bool) -> float:
+    """Ratio of the FLOPs of padding to those of packing."""
+
+    def flops(length: int) -> int:
+        return 4 * length**2 * WIDTH + (24 * length * WIDTH**2 if blocks else 0)
+
+    return len(lengths) * flops(max(lengths)) / sum(map(flops, lengths))
 
 
-def block_pair(lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Callable[[], Tensor], ...]:
-    packing, valid = Packing(lengths), padding(lengths)
-    block = Block(WIDTH, HEADS, 4.0, None).to(dtype).eval()
-    x = torch.randn(sum(lengths), WIDTH).to(dtype)
-    padded = pad(x, lengths)
-    return lambda: block(x, packing), lambda: padded_block(block, padded, valid)
+class Case:
+    """One thing to measure on both sides: packed inputs and padded copies, with and without a backward pass."""
+
+    def __init__(self, inputs: Inputs, lengths: tuple[int, ...], packed: Side, padded: Side) -> None:
+        self.lengths, self.valid_BL = lengths, pad(torch.ones(sum(lengths)), lengths).bool()
+        self.sides = {"packed": packed, "padded": padded}
+        self.inputs = {"packed": inputs, "padded": tuple(pad(x, lengths) for x in inputs)}
+        weight = torch.randn(packed(*inputs).shape)
+        self.weight = {"packed": weight, "padded": pad(weight, lengths)}
+
+    def forward(self, side: str) -> Tensor:
+        with torch.no_grad():
+            return self.sides[side](*self.inputs[side])
+
+    def both(self, side: str) -> Inputs:
+        """Gradients of the inputs; those of the weights come with them and are dropped."""
+        inputs = tuple(x.detach().requires_grad_() for x in self.inputs[side])
+        self.sides[side](*inputs).backward(self.weight[side])
+        return tuple(x.grad for x in inputs if x.grad is not None)
+
+    def check(self, backward: bool) -> float:
+        """Largest difference of the two sides; raises where it is above 1e-5."""
+        worst = 0.0
+        for packed, padded in zip(*(self._results(side, backward) for side in self.sides), strict=True):
+            valid, scale = padded[self.valid_BL], max(1.0, float(packed.abs().max()))
+            worst = max(worst, float((packed - valid).abs().max()) / scale)
+        if worst > 1e-5:
+            raise SystemExit(f"packed and padded differ by {worst:.1e}, above 1e-5: nothing was timed")
+        return worst
+
+    def _results(self, side: str, backward: bool) -> Inputs:
+        return self.both(side) if backward else (self.forward(side),)
 
 
-def padding(lengths: tuple[int, ...]) -> Tensor:
-    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-
-
-def pad(x: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    return pad_sequence(list(x.split(list(lengths))), batch_first=True)
-
-
-def cpu_seconds(call: Callable[[], Tensor]) -> float:
-    gc.collect()
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
-def measure(name: str, formula: float, pair: tuple[Callable[[], Tensor], ...], repeats: int, valid: Tensor) -> Any:
-    packed, padded = pair
-    torch.testing.assert_close(padded()[valid].float(), packed().float(), rtol=0.05, atol=0.05)
-    rounds = [(cpu_seconds(packed), cpu_seconds(padded)) for _ in range(repeats)]
-    best = [min(side) for side in zip(*rounds, strict=True)]
-    ratios = [slow / fast for fast, slow in rounds]
-    note = f"{best[0] * 1e3:.0f} ms against {best[1] * 1e3:.0f} ms; the formula says {formula:.1f} x"
-    value = best[1] / best[0]
-    return record.claim(name, value, "x", AGAINST, 10, spread=(min(ratios), max(ratios)), note=note)
+def claims_of(name: str, case: Case, turns: int, *, backward: bool, blocks: bool) -> list[dict[str, Any]]:
+    error = case.check(backward)
+    call = case.both if backward else case.forward
+    taken = in_turn({side: lambda side=side: call(side) for side in case.sides}, turns)  # type: ignore[misc]
+    ratio, spread = speed_up(taken["padded"], taken["packed"])
+    bound = ideal(case.lengths, blocks=blocks)
+    what = "gradients" if backward else "outputs"
+    note = (
+        f"{min(taken['packed']):.3f} s against {min(taken['padded']):.2f} s, n = {turns}; ideal {bound:.1f}x; {what} "
+    )
+    note += f"{error:.0e} apart"
+    if backward:
+        return [record.claim(name, ratio, "x", PADDED, "reported", met=True, spread=spread, note=note)]
+    part = tuple(value / bound for value in spread)
+    return [
+        record.claim(name, ratio, "x", PADDED, 10, spread=spread, note=note),
+        record.claim(f"{name}.of_ideal", ratio / bound, "of ideal", "ratio of the FLOPs", 0.9, spread=part),
+    ]
 
 
 def main(quick: bool = False, out: Path = record.RESULTS) -> Path:
     """Measure the family and write its record."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    lengths, repeats = (QUICK, 1) if quick else (LENGTHS, 4)
-    longest, total, squares = max(lengths), sum(lengths), sum(length**2 for length in lengths)
-    quadratic = len(lengths) * longest**2 / squares
-    whole = len(lengths) * longest * (6 * WIDTH + longest) / (6 * WIDTH * total + squares)
-    cases = [
-        ("ragged.attention.float32", quadratic, attention_pair, torch.float32),
-        ("ragged.attention.bfloat16", quadratic, attention_pair, torch.bfloat16),
-        ("ragged.block.float32", whole, block_pair, torch.float32),
-        ("ragged.block.bfloat16", whole, block_pair, torch.bfloat16),
-    ]
-    valid = padding(lengths)
-    with torch.no_grad():
-        claims = [measure(name, ratio, pair(lengths, dtype), repeats, valid) for name, ratio, pair, dtype in cases]
-    size = "A quick run with short images, which proves nothing. " if quick else ""
-    return record.write("ragged", size + PROTOCOL.replace("LENGTHS", ", ".join(map(str, lengths))), claims, out)
+    lengths = draw_lengths(256, 3, 32) if quick else draw_lengths(4096, 15, 350)
+    depth = 1
+    packing = Packing(lengths)
+    valid_BL = pad(torch.ones(sum(lengths)), lengths).bool()
+    stack = nn.ModuleList(Block(WIDTH, HEADS, 4.0, None) for _ in range(depth))
+
+    def packed_stack(x: Tensor) -> Tensor:
+        for block in stack:
+            x = block(x, packing)
+        return x
+
+    def padded_stack(x: Tensor) -> Tensor:
+        for block in stack:
+            assert isinstance(block, Block)
+            x = masked_block(block, x, valid_BL)
+        return x
+
+    qkv = tuple(torch.randn(sum(lengths), HEADS, WIDTH // HEADS) for _ in range(3))
+    attention = Case(
+        qkv, lengths, lambda q, k, v: attend(q, k, v, packing), lambda q, k, v: masked_attention(q, k, v, valid_BL)
+    )
+    blocks = Case((torch.randn(sum(lengths), WIDTH),), lengths, packed_stack, padded_stack)
+    claims = claims_of("ragged.attention.forward", attention, 2 if quick else 4, backward=False, blocks=False)
+    claims += claims_of("ragged.block.forward", blocks, 2 if quick else 4, backward=False, blocks=True)
+    claims += claims_of("ragged.attention.forward_backward", attention, 2, backward=True, blocks=False)
+    claims += claims_of("ragged.block.forward_backward", blocks, 2, backward=True, blocks=True)
+    mean = sum(lengths) / len(lengths)
+    text = f"{len(lengths)} images, the longest of {max(lengths)} tokens, the others {min(lengths)} to "
+    text += f"{sorted(lengths)[-2]}, {mean:.0f} on average"
+    head = "QUICK RUN, proves nothing. " if quick else ""
+    return record.write("ragged", head + PROTOCOL.format(lengths=text, depth=depth), claims, out)
 
 
 if __name__ == "__main__":
