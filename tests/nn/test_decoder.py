@@ -140,6 +140,20 @@ def test_cost_follows_tokens_not_pixels() -> None:
     assert math.isclose(flops(uniform_leaves((64, 64), 8)), 4 * small, rel_tol=0.01)
 
 
+@pytest.mark.parametrize("learn", [True, False])
+def test_half_precision(learn: bool) -> None:
+    decoder = build()
+    hidden, patches = feed(mixed_leaves(2))
+    expected = decoder(hidden, patches).detach()
+    with torch.set_grad_enabled(learn), torch.autocast("cpu", torch.bfloat16):
+        mixed = decoder(hidden, patches)
+    with torch.set_grad_enabled(learn):
+        pure = build().bfloat16()(tuple(x.bfloat16() for x in hidden), patches)
+    for found in (mixed, pure):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.detach().float(), expected, rtol=0.1, atol=0.1)
+
+
 def test_neighbour_tables_can_be_handed_in() -> None:
     decoder, leaves = build(), mixed_leaves(2)
     hidden, patches = feed(leaves)

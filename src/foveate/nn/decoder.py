@@ -137,7 +137,8 @@ class TokenDecoder(nn.Module):
         _check_hidden(hidden, patches, self.num_hidden, self.patch_size)
         device = patches.pixels.device
         maps = HaloMaps(patches.leaves, device) if maps is None else maps
-        scale_TN = _log_scale(patches.leaves, self.patch_size).to(device)
+        scale_TN = _log_scale(patches.leaves, self.patch_size).to(device, self.head.weight.dtype)
+        pixels = patches.pixels.to(self.head.weight.dtype)
         x_RC: Tensor | None = None
         for step, stage in enumerate(self.stages):
             skips = [
@@ -146,7 +147,7 @@ class TokenDecoder(nn.Module):
                 if at == step
             ]
             last = step == len(self.stages) - 1
-            x_RC = stage(x_RC, skips, patches.pixels if last else None, scale_TN, maps, self.head if last else None)
+            x_RC = stage(x_RC, skips, pixels if last else None, scale_TN, maps, self.head if last else None)
         assert x_RC is not None
         return x_RC.view(len(scale_TN), self.num_classes, *(self.patch_size,) * self.num_dims)
 

@@ -16,7 +16,7 @@ from foveate.errors import ConfigError, ShapeError
 from foveate.geometry.leaves import Leaves
 from foveate.geometry.patches import halo_index
 
-CHUNK = 2**18  # numbers of one map per step without gradient: a MiB, so that a step stays in cache
+CHUNK = 2**17  # numbers of one map per step without gradient: half a MiB, so that a step stays in cache
 
 
 class HaloMaps:
