@@ -1,4 +1,4 @@
-"""Quality at equal cost: the same ViT on adaptive leaves and on the uniform grid of the smallest leaf, trained and scored.
+"""Quality at equal cost: one ViT on adaptive leaves and on the uniform grid of the smallest leaf, trained and scored.
 
     python benchmarks/quality.py [--data DIR] [--sets demo,dsb2018,hrf] [--minutes 10] [--quick] [--out DIR]
 
@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import record
 from scipy.stats import t as student
+
+import record
 
 HERE = Path(__file__).parent
 SHORTER = 5  # the adaptive model gets 1/SHORTER of the uniform model's training time
@@ -46,7 +47,13 @@ def cases(data: Path, folder: Path) -> dict[str, Case]:
     real = {name: safe_load((HERE.parent / "examples" / f"{name}.yaml").read_text()) for name in ("dsb2018", "hrf")}
     for name, config in real.items():
         config["data"]["root"] = str(data / name)
-    demo = {"data": {"root": str(folder / "demo"), "classes": {"structure": 1}, "split": {"train": 0.7, "val": 0.1, "test": 0.2}}}
+    demo = {
+        "data": {
+            "root": str(folder / "demo"),
+            "classes": {"structure": 1},
+            "split": {"train": 0.7, "val": 0.1, "test": 0.2},
+        }
+    }
     return {
         "demo": Case(demo, max_leaves=512),
         "dsb2018": Case(real["dsb2018"], max_leaves=448, tree={"smooth": 2.0}),
@@ -56,9 +63,21 @@ def cases(data: Path, folder: Path) -> dict[str, Case]:
 
 def settings(case: Case, adaptive: bool, seed: int, minutes: float, out: Path) -> dict[str, Any]:
     """The settings of one run; adaptive and uniform differ in the tree and in the minutes alone."""
-    cut = {"max_leaves": case.max_leaves, "min_size": case.min_size, **case.tree} if adaptive else {"uniform": case.min_size}
+    cut = (
+        {"max_leaves": case.max_leaves, "min_size": case.min_size, **case.tree}
+        if adaptive
+        else {"uniform": case.min_size}
+    )
     limit = minutes / SHORTER if adaptive else minutes
-    train = {"epochs": 100000, "minutes": limit, "seed": seed, "batch_size": 2, "lr": 1e-3, "eval_every": 100000, "augment": 0.5}
+    train = {
+        "epochs": 100000,
+        "minutes": limit,
+        "seed": seed,
+        "batch_size": 2,
+        "lr": 1e-3,
+        "eval_every": 100000,
+        "augment": 0.5,
+    }
     return {
         "data": case.config["data"],
         "tree": cut,
@@ -78,7 +97,9 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
         path.write_text(json.dumps(config))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
         for words in (["fit", str(path), "--overwrite"], ["evaluate", str(out), "--split", "test"]):
-            done = subprocess.run([sys.executable, "-m", "foveate", *words], env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "foveate", *words], env=environment, capture_output=True, text=True
+            )
             if done.returncode:
                 raise SystemExit(f"foveate {' '.join(words)} failed: {done.stderr.strip()}")
     summary = json.loads(scored.read_text())["summary"]
@@ -103,41 +124,67 @@ def mean_and_interval(values: list[float]) -> tuple[float, list[float]]:
     return mean, [mean - half, mean + half]
 
 
-def claims_of(name: str, case: Case, uniform: list[dict[str, Any]], adaptive: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def values(runs: list[dict[str, Any]], key: str) -> list[float]:
+    return [float(result[key]) for result in runs]
+
+
+def claims_of(
+    name: str, case: Case, uniform: list[dict[str, Any]], adaptive: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The claims of one set; the time claim holds only where the shorter run is at least as good."""
 
-    def values(runs: list[dict[str, Any]], key: str) -> list[float]:
-        return [float(result[key]) for result in runs]
+    def saved(key: str) -> float:
+        return statistics.fmean(values(uniform, key)) / statistics.fmean(values(adaptive, key))
 
     gains = [a - u for a, u in zip(values(adaptive, "dice"), values(uniform, "dice"), strict=True)]
     gain, spread = mean_and_interval(gains)
-    dice = {kind: mean_and_interval(values(runs, "dice")) for kind, runs in (("uniform", uniform), ("adaptive", adaptive))}
-    steps = {kind: round(statistics.fmean(values(runs, "steps"))) for kind, runs in (("uniform", uniform), ("adaptive", adaptive))}
-    tokens = statistics.fmean(values(uniform, "tokens")) / statistics.fmean(values(adaptive, "tokens"))
-    time = statistics.fmean(values(uniform, "train_seconds")) / statistics.fmean(values(adaptive, "train_seconds"))
-    predict = statistics.fmean(values(uniform, "predict_seconds")) / statistics.fmean(values(adaptive, "predict_seconds"))
+    kinds = {"uniform": uniform, "adaptive": adaptive}
+    steps = {kind: round(statistics.fmean(values(runs, "steps"))) for kind, runs in kinds.items()}
+    tokens, time = saved("tokens"), saved("train_seconds")
     equal = gain >= 0
     reported = case.time_target == "reported"
+    tokens_met, time_met = reported or (equal and tokens >= 7), reported or (equal and time >= 4.95)
+    against = f"same ViT, uniform grid of {case.min_size} px"
     note = f"steps {steps['adaptive']} against {steps['uniform']}, {len(gains)} seeds"
     failed = "" if equal else "; the shorter adaptive run is below the uniform one, so this is not at equal Dice"
-    claims = [
-        record.claim(
-            f"quality.{name}.dice_{kind}", dice[kind][0], "Dice", "full resolution, test images", "reported", met=True,
-            spread=dice[kind][1], note=f"ceiling of the tree {statistics.fmean(values(runs, 'ceiling')):.3f}",
-        )
-        for kind, runs in (("uniform", uniform), ("adaptive", adaptive))
+
+    def claim(what: str, value: float, unit: str, target: float | str, **more: Any) -> dict[str, Any]:
+        return record.claim(f"quality.{name}.{what}", value, unit, against, target, **more)
+
+    return [
+        *(dice_claim(name, kind, runs) for kind, runs in kinds.items()),
+        claim("dice_gain", gain, "Dice", 0.0, spread=spread, note=note),
+        claim("fewer_tokens", tokens, "x", case.tokens_target, met=tokens_met, note=failed.strip("; ")),
+        claim("less_training_time", time, "x", case.time_target, met=time_met, note=note + failed),
+        claim(
+            "faster_prediction",
+            saved("predict_seconds"),
+            "x",
+            "reported",
+            met=True,
+            note="decoded image to full-size mask",
+        ),
     ]
-    against = f"same ViT, uniform grid of {case.min_size} px"
-    claims += [
-        record.claim(f"quality.{name}.dice_gain", gain, "Dice", against, 0.0, spread=spread, note=note),
-        record.claim(f"quality.{name}.fewer_tokens", tokens, "x", against, case.tokens_target, met=reported or (equal and tokens >= 7), note=failed.strip("; ")),
-        record.claim(f"quality.{name}.less_training_time", time, "x", against, case.time_target, met=reported or (equal and time >= 4.95), note=note + failed),
-        record.claim(f"quality.{name}.faster_prediction", predict, "x", against, "reported", met=True, note="decoded image to full-size mask"),
-    ]  # fmt: skip
-    return claims
 
 
-def main(quick: bool, out: Path, *, data: Path = Path("data"), sets: str = "demo,dsb2018,hrf", minutes: float = 10.0, runs: Path | None = None) -> Path:
+def dice_claim(name: str, kind: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    mean, spread = mean_and_interval(values(runs, "dice"))
+    note = f"ceiling of the tree {statistics.fmean(values(runs, 'ceiling')):.3f}"
+    against = "full resolution, test images"
+    return record.claim(
+        f"quality.{name}.dice_{kind}", mean, "Dice", against, "reported", met=True, spread=spread, note=note
+    )
+
+
+def main(
+    quick: bool,
+    out: Path,
+    *,
+    data: Path = Path("data"),
+    sets: str = "demo,dsb2018,hrf",
+    minutes: float = 10.0,
+    runs: Path | None = None,
+) -> Path:
     """Run all sets and seeds, two at a time, and write the record."""
     from foveate.testing import write_dataset
 
@@ -148,7 +195,9 @@ def main(quick: bool, out: Path, *, data: Path = Path("data"), sets: str = "demo
         write_dataset(folder / "demo", 12 if quick else 40, 512 if quick else 1024, seed=1000)
     chosen = {name: case for name, case in cases(data, folder).items() if name in sets.split(",")}
     jobs = {
-        (name, adaptive, seed): settings(case, adaptive, seed, minutes, folder / f"{name}-{'adaptive' if adaptive else 'uniform'}-{seed}")
+        (name, adaptive, seed): settings(
+            case, adaptive, seed, minutes, folder / f"{name}-{'adaptive' if adaptive else 'uniform'}-{seed}"
+        )
         for name, case in chosen.items()
         for seed in seeds
         for adaptive in (False, True)
@@ -159,10 +208,12 @@ def main(quick: bool, out: Path, *, data: Path = Path("data"), sets: str = "demo
     for name, case in chosen.items():
         uniform, adaptive = ([results[name, kind, seed] for seed in seeds] for kind in (False, True))
         claims += claims_of(name, case, uniform, adaptive)
-    protocol = f"""{"QUICK RUN, proves nothing. " if quick else ""}Same ViT ({MODEL}, trained from scratch) and settings; only the tree and the training
-    time differ: uniform {minutes:g} minutes, adaptive {minutes / SHORTER:g}, one thread each, two runs at a time; seeds {seeds}; the last weights are scored
-    (no choice of checkpoint), once, on test images split by file before augmentation; Dice per image and class in pixel space at full resolution.
-    Training time includes decoding, augmentation and cutting. Intervals: 95 % t over seeds."""
+    head = "QUICK RUN, proves nothing. " if quick else ""
+    protocol = f"""{head}Same ViT ({MODEL}, trained from scratch) and settings; only the tree and the training time
+    differ: uniform {minutes:g} minutes, adaptive {minutes / SHORTER:g}, one thread each, two runs at a time; seeds
+    {seeds}; the last weights are scored (no choice of checkpoint), once, on test images split by file before
+    augmentation; Dice per image and class in pixel space at full resolution. Training time includes decoding,
+    augmentation and cutting. Intervals: 95 % t over seeds."""
     return record.write("quality", protocol, claims, out)
 
 

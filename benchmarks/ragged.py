@@ -29,8 +29,8 @@ on (images, longest, width), one SDPA call with a bool mask of the valid keys, i
 alone: queries, keys and values given. Blocks: {depth} pre-norm block(s) with all their linear maps. Backward: of a
 fixed random weighting of the valid outputs, to inputs and weights. Before timing, outputs (and, where there is a
 backward pass, gradients of the inputs) of both sides on valid tokens are required to be equal within 1e-5 (of the
-largest entry, where that is above 1). Ideal: ratio of the FLOPs, 4 L^2 D per image for attention and 24 L D^2 for the rest
-of a block.
+largest entry, where that is above 1). Ideal: ratio of the FLOPs, 4 L^2 D per image for attention and 24 L D^2 for the
+rest of a block.
 """
 
 Inputs = tuple[Tensor, ...]
