@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import record
+from _timing import cpu_seconds
 from foveate.geometry.leaves import Leaves, uniform_leaves
 from foveate.geometry.patches import Patches
 from foveate.nn.decoder import TokenDecoder
@@ -99,13 +100,6 @@ def dense_side(side: int) -> Callable[[], Tensor]:
         return net.out(net.ups[-1](x, net.picture(image)))
 
     return decode
-
-
-def cpu_seconds(call: Callable[[], Tensor]) -> float:
-    gc.collect()
-    start = time.process_time()
-    call()
-    return time.process_time() - start
 
 
 def times(dense_sides: tuple[int, ...], cases: tuple[tuple[int, int], ...], repeats: int) -> list[dict[str, Any]]:
