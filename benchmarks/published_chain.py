@@ -38,9 +38,9 @@ def greedy_tree(edges: np.ndarray, max_leaves: int, norm: int = 255, least: int 
 
     nodes = [node((0,) * edges.ndim, edges.shape[0])]
     while len(nodes) < max_leaves:
-        values = [value for _, _, value in nodes]
-        i = values.index(max(values))
-        start, side, _ = nodes[i]
+        largest = max(nodes, key=lambda entry: entry[2])
+        i = nodes.index(largest)
+        start, side, _ = largest
         if side == least:
             break
         half = side // 2

@@ -19,12 +19,15 @@ from foveate.geometry.edges import edge_map
 from foveate.geometry.image import Image, Real, as_array, as_volume, check_finite, plain, smoothed
 from foveate.geometry.pyramid import (
     Sizes,
+    Triple,
     Values,
     additive,
     fold,
+    gain_pyramid,
     grid_dims,
     map_pyramid,
     monotone_hull,
+    rank_by_gain,
     residual_pyramid,
     sample_sizes,
     split_ratios,
@@ -51,7 +54,8 @@ class Detail(Protocol):
 class Residual:
     """The exact squared error that a cell leaves when it becomes one token of area means (default).
 
-    It is 0 where a token loses nothing, and greedy splitting on it is within 0.1 dB of the provable optimum.
+    It is 0 where a token loses nothing. Under a budget alone, cells are ranked by the error that splitting them saves
+    per leaf it costs (`gain`), which comes within a few hundredths of a dB of the provable optimum.
 
     Args:
         smooth: sigma in pixels of a Gaussian over the image first; noise otherwise draws leaves everywhere.
@@ -68,8 +72,23 @@ class Residual:
         """See `Detail.pyramid`."""
         image = smoothed(image, self.smooth)
         levels = residual_pyramid(as_volume(image), image.shape[1:], sizes, patch_size)
+        return self._clean(image, levels, sizes, patch_size) if self.noise_floor else levels
+
+    def gain(
+        self, image: Image, sizes: Sizes, patch_size: tuple[int, ...], keep: dict[Triple, Image] | None = None
+    ) -> list[Values]:
+        """The same, as what a split saves per leaf that it costs; ``keep`` receives the sums of samples."""
+        shape = image.shape[1:]
         if not self.noise_floor:
-            return levels
+            return gain_pyramid(as_volume(smoothed(image, self.smooth)), shape, sizes, patch_size, keep)
+        levels = self.pyramid(image, sizes, patch_size)
+        saved = [levels[0]]
+        for low, high, ratio in zip(levels, levels[1:], split_ratios(sizes), strict=False):
+            change = high - fold(low, ratio)
+            saved.append(np.where(change > 1e-9 * high, change, 0.0))
+        return rank_by_gain(saved, shape, sizes)
+
+    def _clean(self, image: Image, levels: list[Values], sizes: Sizes, patch_size: tuple[int, ...]) -> list[Values]:
         power = sum(_noise_power(channel) for channel in image)
         area = additive(_cell_area(image.shape[1:], sizes), sizes)
         clean = []

@@ -62,7 +62,7 @@ def additive(finest: Values, sizes: Sizes) -> list[Values]:
 
 def monotone_hull(levels: Sequence[Values], sizes: Sizes) -> list[Values]:
     """Raise every parent to the largest of its children, so that the order of splits is that of a greedy search."""
-    raised = [levels[0]]
+    raised = list(levels[:1])
     for values, ratio in zip(levels[1:], split_ratios(sizes), strict=True):
         raised.append(np.maximum(values, fold(raised[-1], ratio, "max")))
     return raised
@@ -94,6 +94,48 @@ def sample_sizes(sizes: Sizes, patch_size: Sequence[int]) -> list[Triple]:
 
 
 def residual_pyramid(
+    image_CDHW: NDArray[Any], shape: Sequence[int], sizes: Sizes, patch_size: Sequence[int], backend: Backend = "numba"
+) -> list[Values]:
+    """Exact squared error of coding every cell by its area means, one mean per sample of a token.
+
+    The samples of a parent are the merged samples of its children, so its error is theirs plus that of merging. Cells
+    whose samples are single pixels have none.
+    """
+    levels = merge_errors(image_CDHW, shape, sizes, patch_size, backend)
+    extents = sample_sizes(sizes, patch_size)
+    for k, ratio in enumerate(split_ratios(sizes), start=1):
+        if extents[k - 1] != (1, 1, 1):
+            levels[k] += fold(levels[k - 1], ratio)
+    return levels
+
+
+def gain_pyramid(
+    image_CDHW: NDArray[Any],
+    shape: Sequence[int],
+    sizes: Sizes,
+    patch_size: Sequence[int],
+    keep: dict[Triple, NDArray[Any]] | None = None,
+) -> list[Values]:
+    """Squared error that splitting a cell saves per leaf that it costs, raised to the largest of its children.
+
+    Spending leaves in this order comes closer to the optimal pruning than splitting the largest error, which may hide
+    deeper than one split.
+    """
+    own = merge_errors(image_CDHW, shape, sizes, patch_size, keep=keep)
+    return rank_by_gain(own, shape, sizes)
+
+
+def rank_by_gain(saved: Sequence[Values], shape: Sequence[int], sizes: Sizes) -> list[Values]:
+    """The hull of what every split saves, per leaf that it costs; the finest cells cannot be split."""
+    dims, gains = grid_dims(shape, sizes), [np.zeros_like(saved[0])]
+    for k, ratio in enumerate(split_ratios(sizes), start=1):
+        sides = [np.minimum(r, fine - r * np.arange(n)) for r, fine, n in zip(ratio, dims[k - 1], dims[k], strict=True)]
+        children = sides[0][:, None, None] * sides[1][None, :, None] * sides[2][None, None, :]
+        gains.append(saved[k] / np.maximum(children - 1, 1))
+    return [gains[0], *monotone_hull(gains[1:], sizes[1:])] if len(gains) > 1 else gains
+
+
+def merge_errors(
     image_CDHW: NDArray[Any],
     shape: Sequence[int],
     sizes: Sizes,
@@ -101,16 +143,14 @@ def residual_pyramid(
     backend: Backend = "numba",
     keep: dict[Triple, NDArray[Any]] | None = None,
 ) -> list[Values]:
-    """Exact squared error of coding every cell by its area means, one mean per sample of a token.
+    """Squared error that a cell has more than its children together: the Haar energy of one more level of samples.
 
-    The samples of a parent are the merged samples of its children, so its error is theirs plus that of merging: the
-    Haar energy of one more level. Cells whose samples are single pixels have none. ``keep`` receives the sums of pixels
-    per sample, by the extent of the samples, as far as they are made whole. float64 images are measured from
-    their first pixel, in float32.
+    ``keep`` receives the sums of pixels per sample, by the extent of the samples, as far as they are made whole.
+    float64 images are measured from their first pixel, in float32.
     """
     if image_CDHW.dtype == np.float64:  # room for exact sums: equal pixels must have no error at all
         image_CDHW = (image_CDHW - image_CDHW.flat[0]).astype(np.float32)
-    length, dims, ratios = triple(shape), grid_dims(shape, sizes), split_ratios(sizes)
+    length, dims = triple(shape), grid_dims(shape, sizes)
     extents, cells = sample_sizes(sizes, patch_size), [triple(size) for size in sizes]
     levels = [np.zeros(tuple(d)) for d in dims]
     state = _Merge(image_CDHW, length, backend)
@@ -123,8 +163,6 @@ def residual_pyramid(
             state.merge_to(extent, levels[k], cells[k])
         if keep is not None and extent == state.extent:
             keep[extent] = state.sums
-        if k and extents[k - 1] != (1, 1, 1):
-            levels[k] += fold(levels[k - 1], ratios[k - 1])
     return levels
 
 
