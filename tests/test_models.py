@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import foveate as fv
+import laws
 from foveate.errors import ConfigError, FormatError
+from foveate.geometry.patches import PaddedPatches
 from foveate.models import create_config
 
 TINY = {"width": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "pos_grid": 4, "decoder_width": 4}
@@ -35,13 +38,76 @@ def test_logits_are_packed_like_the_pixels(name: str) -> None:
     assert sum(float(parameter.grad.abs().sum()) for parameter in model.parameters() if parameter.grad is not None) > 0
 
 
+# the laws of the design, over whole models; a tolerance where a matrix product may round by its number of rows
+
+
+def three_images(model: fv.SegmentationModel) -> list[fv.Patches]:
+    return [patches_of(model, 0), patches_of(model, 1, 32, 40), patches_of(model, 2, 8, 1)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope": True, "num_registers": 2, "layer_scale": 0.1}])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_image_has_the_same_answer_in_any_company(name: str) -> None:
+def test_an_image_has_the_same_answer_in_any_company(name: str, changes: dict[str, object]) -> None:
+    model = tiny(name, **changes).eval()
+
+    def apply(batch: list[fv.Patches]) -> list[Tensor]:
+        patches = fv.pack(batch)
+        return list(model(patches).split(list(patches.lengths)))
+
+    laws.batch_invariance(apply, three_images(model), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_has_the_same_gradient_in_any_company(name: str) -> None:
     model = tiny(name).eval()
-    packs = [patches_of(model, 0), patches_of(model, 1, 32, 40), patches_of(model, 2, 8, 1)]
-    together = model(fv.pack(packs)).split([len(pack.pixels) for pack in packs])
-    for pack, part in zip(packs, together, strict=True):
-        torch.testing.assert_close(model(pack), part, rtol=1e-5, atol=1e-6)
+
+    def apply(batch: list[fv.Patches]) -> list[Tensor]:
+        batch = [one.with_pixels(one.pixels.detach().clone().requires_grad_()) for one in batch]
+        model(fv.pack(batch)).square().sum().backward()
+        return [one.pixels.grad for one in batch if one.pixels.grad is not None]
+
+    laws.batch_invariance(apply, three_images(model), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_never_reaches_a_model(name: str) -> None:
+    model = tiny(name).eval()
+    padded = fv.pack(three_images(model)).pad()
+
+    def apply(pixels_BL: Tensor, valid_BL: Tensor) -> Tensor:
+        patches = PaddedPatches(pixels_BL, padded.leaves).pack()
+        logits = model(patches).split(list(patches.lengths))
+        return torch.nn.utils.rnn.pad_sequence(list(logits), batch_first=True)
+
+    laws.padding_is_never_data(apply, padded.pixels, padded.valid, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_place_in_the_sequence_carries_no_meaning(name: str) -> None:
+    model = tiny(name, rope=True).eval()
+    patches = patches_of(model, 1, 32, 40)
+    torch.nn.init.normal_(model.encoder.geometry_embed.fc2.weight, std=0.2)  # a code that starts at zero
+
+    def apply(place_L: Tensor) -> Tensor:
+        logits: Tensor = model(patches.select([place_L]))
+        return logits
+
+    turn = torch.randperm(len(patches.pixels), generator=torch.Generator().manual_seed(0))
+    laws.order_invariance(apply, torch.arange(len(turn)), turn, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_is_deterministic(name: str) -> None:
+    model = tiny(name).train()
+    patches = patches_of(model)
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        logits = model(patches)
+        logits.square().mean().backward()
+        return [logits.detach(), *(x.grad.clone() for x in model.parameters() if x.grad is not None)]
+
+    laws.deterministic(run)
 
 
 def test_save_and_load(tmp_path: Path) -> None:
