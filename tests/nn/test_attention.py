@@ -29,6 +29,39 @@ def test_an_image_has_the_same_bits_in_any_company() -> None:
     assert torch.equal(attend(q, k, v, Packing((100, 200)))[100:], alone)
 
 
+def test_queries_of_one_pack_read_another() -> None:
+    q, (_, k, v) = qkv(6)[0], qkv(9, seed=1)
+    out = attend(q, k, v, Packing((4, 2)), Packing((9, 0)))
+    heads = (x.transpose(0, 1)[None] for x in (q[:4], k, v))
+    expected = functional.scaled_dot_product_attention(*heads)[0].transpose(0, 1)
+    torch.testing.assert_close(out[:4], expected)
+    assert not out[4:].any()  # an image without keys gets nothing
+    with pytest.raises(ShapeError, match="queries of 2 images, keys of 1"):
+        attend(q, k, v, Packing((4, 2)), Packing((9,)))
+
+
+def test_padding_is_never_data() -> None:
+    """The pack takes no padding at all; a mask over padding gives the same answer."""
+    lengths = (5, 1, 9)
+    parts = qkv(15)
+    padded = [torch.nn.utils.rnn.pad_sequence(list(x.split(list(lengths))), batch_first=True) for x in parts]
+    valid = torch.arange(9) < torch.tensor(lengths)[:, None]
+    for x in padded:
+        x[~valid] = 1e4
+    heads = (x.transpose(1, 2) for x in padded)
+    out = functional.scaled_dot_product_attention(*heads, attn_mask=valid[:, None, None, :]).transpose(1, 2)
+    torch.testing.assert_close(attend(*parts, Packing(lengths)), out[valid], rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_stays_within_an_image() -> None:
+    parts = [x.requires_grad_() for x in qkv(15)]
+    attend(*parts, Packing((5, 1, 9)))[:5].square().sum().backward()
+    for x in parts:
+        assert x.grad is not None
+        assert not x.grad[5:].any()
+        assert x.grad[:5].any()
+
+
 def test_packing_offsets() -> None:
     packing = Packing((3, 0, 4))
     assert packing.cu_seqlens.tolist() == [0, 3, 3, 7]

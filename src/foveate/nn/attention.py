@@ -42,35 +42,46 @@ class Packing:
 
 
 def attend(
-    q_THE: Float[Tensor, "T H E"], k_THE: Float[Tensor, "T H E"], v_THE: Float[Tensor, "T H E"], packing: Packing
+    q_THE: Float[Tensor, "T H E"],
+    k_THE: Float[Tensor, "S H E"],
+    v_THE: Float[Tensor, "S H E"],
+    packing: Packing,
+    packing_kv: Packing | None = None,
 ) -> Float[Tensor, "T H E"]:
     """Softmax attention of every token to the tokens of its own image.
 
-    Nothing is padded, so a pack costs the sum of its images, and on the CPU attention gives an image the same bits alone
-    and in any company. CUDA in half precision runs one varlen kernel; everything else one fused kernel per image, on views.
+    Nothing is padded, so a pack costs the sum of its images, and on the CPU an image gets the same bits alone and in
+    any company. CUDA in half precision runs one varlen kernel; everything else one fused kernel per image, on views.
 
     Args:
         q_THE: queries of the pack.
         k_THE: keys.
         v_THE: values.
-        packing: tokens per image.
+        packing: queries per image.
+        packing_kv: keys per image; default those of ``packing``. An image without keys gets zeros.
 
     Raises:
-        ShapeError: the lengths do not add up to T.
+        ShapeError: the lengths do not add up to the tokens, or the packings differ in images.
 
-    Cost: 4 * sum(L^2) * H * E FLOPs; memory linear in T.
+    Cost: 4 * sum(L_q * L_kv) * H * E FLOPs; memory linear in T.
     """
-    if sum(packing.lengths) != len(q_THE):
-        raise ShapeError(f"lengths {packing.lengths} sum to {sum(packing.lengths)}, not to {len(q_THE)} tokens")
+    keys = packing_kv or packing
+    for pack, x_THE in ((packing, q_THE), (keys, k_THE)):
+        if sum(pack.lengths) != len(x_THE):
+            raise ShapeError(
+                f"lengths {pack.lengths} sum to {sum(pack.lengths)}, not to {len(x_THE)} tokens; give one per image"
+            )
+    if len(packing.lengths) != len(keys.lengths):
+        raise ShapeError(f"queries of {len(packing.lengths)} images, keys of {len(keys.lengths)}; give one of each")
     if q_THE.is_cuda and q_THE.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn
 
-        cu, longest = packing.cu_seqlens, packing.max_length
-        out = varlen_attn(q_THE, k_THE, v_THE, cu, cu, longest, longest)
+        ends = packing.cu_seqlens, keys.cu_seqlens, packing.max_length, keys.max_length
+        out = varlen_attn(q_THE, k_THE, v_THE, *ends)
         assert isinstance(out, Tensor)
         return out
-    parts = zip(*(x_THE.split(list(packing.lengths)) for x_THE in (q_THE, k_THE, v_THE)), strict=True)
-    outs = [_attend_image(*part) for part in parts]
+    kv = (x_THE.split(list(keys.lengths)) for x_THE in (k_THE, v_THE))
+    outs = [_attend_image(*part) for part in zip(q_THE.split(list(packing.lengths)), *kv, strict=True)]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
