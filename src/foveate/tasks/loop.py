@@ -98,11 +98,9 @@ class Loop:
     """
 
     def __init__(self, task: Task, config: TrainConfig, folder: Path, *, resume: bool = False):
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator
 
-        # unused parameters are legal (a class token behind the last block), DDP must be told to look for them
-        handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(cpu=on_cpu(), mixed_precision="no", kwargs_handlers=[handler])
+        self.accelerator = Accelerator(cpu=on_cpu(), mixed_precision="no")
         self.task, self.config, self.folder = task, config, folder
         self.position = Position()
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
