@@ -4,15 +4,16 @@ One thread, CPU time, both sides interleaved in one process, least of n runs; lo
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarks import published_chain as published
-from benchmarks import record
 
+import published_chain as published
+import record
 from foveate.geometry.adaptive import adaptive_patches
 from foveate.geometry.leaves import uniform_leaves
 from foveate.geometry.paint import unpatchify
@@ -193,19 +194,23 @@ def quality_claims(data: Path | None, quick: bool) -> list[dict[str, object]]:
     return claims
 
 
-def main(quick: bool = False, out: Path = record.RESULTS, data: Path | None = None) -> Path:
+def main(quick: bool = False, out: Path = record.RESULTS, data: str | Path | None = None) -> Path:
     """Measure and write the record."""
     torch.set_num_threads(1)
     import cv2
 
     cv2.setNumThreads(1)
-    return record.write("trees", PROTOCOL, quality_claims(data, quick) + speed_claims(quick), out)
+    return record.write(
+        "trees", PROTOCOL, quality_claims(Path(data) if data else None, quick) + speed_claims(quick), out
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
-    parser.add_argument("--data", type=Path)
+    parser.add_argument(
+        "--data", type=Path, default=os.environ.get("DATA"), help="folders of pictures (default: $DATA)"
+    )
     options = parser.parse_args()
     print(main(options.quick, options.out, options.data))

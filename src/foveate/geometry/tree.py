@@ -75,7 +75,7 @@ def adaptive_leaves(
 
     Cost: one pass over the image for the detail, then O(L log L) time and O(L) memory.
     Source: Zhang et al., SC24, arXiv 2404.09707.
-    **Differs**: residual instead of Canny edges, ranked under a budget by what a split saves; any shape, any count; flat
+    **Differs**: residual instead of Canny edges, ranked under a budget by what a split saves; any shape and count; flat
     cells are not split and smallest cells do not end the walk; no random thresholds. ``stop="reference"`` gives the
     published tree, leaf for leaf.
     """
