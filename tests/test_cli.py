@@ -1,7 +1,9 @@
 """The command line: one line and exit code 2 for every mistake, and no heavy import before it is needed."""
 
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from PIL import Image
 
 import foveate
 from foveate.cli import VERBS, main
-from foveate.testing import synthetic_image
+from foveate.testing import synthetic_image, write_dataset
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
@@ -133,7 +135,11 @@ def _folder(path: Path) -> None:
 
 
 def _bomb(path: Path) -> None:
-    Image.new("1", (30000, 30000)).save(path)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
 
 def _animated(path: Path) -> None:
@@ -245,3 +251,82 @@ def test_bench_needs_the_source(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setattr("foveate.__file__", "/nowhere/src/foveate/__init__.py")
     monkeypatch.chdir("/")
     assert "clone the repository" in fails(capsys, "bench", "trees")
+
+
+CONFIG = """
+data: {root: ROOT, images: images/*.png, masks: "masks/{stem}.png", split: {train: 0.5, val: 0.25, test: 0.25}}
+tree: {max_leaves: 20, min_size: 16}
+model: {overrides: {depth: 1, width: 48, num_heads: 3, decoder_width: 8}}
+train: {epochs: 1, batch_size: 2, augment: 0.5}
+out: OUT
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set, its settings, and a run of one epoch."""
+    root = tmp_path_factory.mktemp("job")
+    write_dataset(root / "data", 4, 64, seed=0)
+    text = CONFIG.replace("ROOT", str(root / "data")).replace("OUT", str(root / "run"))
+    (root / "config.yaml").write_text(text)
+    assert main(["fit", str(root / "config.yaml"), "--train.lr=1e-4"]) == 0
+    return root / "run"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fit_keeps_the_resolved_settings(run: Path) -> None:
+    assert "lr: 0.0001" in (run / "config.yaml").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fit_refuses_to_forget_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--overwrite" in fails(capsys, "fit", run.parent / "config.yaml")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_predict_writes_masks_of_the_images_size(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = run.parent / "data" / "images" / "000.png"
+    words = ["predict", str(run), str(image), "--out", str(tmp_path / "masks"), "--probability"]
+    assert main(words) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [path.name for path in paths] == ["000.png", "000_probability.tif"]
+    with Image.open(paths[0]) as mask:
+        assert mask.size == (64, 64)
+    assert "--overwrite" in fails(capsys, *words)
+    assert main([*words, "--overwrite"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_predict_goes_on_after_a_bad_image(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.png").write_bytes(b"")
+    good = run.parent / "data" / "images" / "001.png"
+    assert main(["predict", str(run), str(tmp_path / "bad.png"), str(good), "--out", str(tmp_path / "masks")]) == 2
+    err = capsys.readouterr().err
+    assert "bad.png" in err
+    assert "Traceback" not in err
+    assert (tmp_path / "masks" / "001.png").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_evaluate_prints_the_table_and_writes_the_page(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--split", "test"]) == 0
+    out = capsys.readouterr().out
+    assert "ceiling" in out
+    page = run / "evaluation" / "test.html"
+    assert f"report: {page}" in out
+    text = page.read_text()
+    assert text.count("data:image/png") >= 2
+    assert "max_leaves: 20" in text
+    assert "split=" in fails(capsys, "evaluate", run, "--split", "tests")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_inspect_and_plan_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(run.parent / "config.yaml")
+    assert main(["inspect", "--data", config]) == 0
+    assert "train" in capsys.readouterr().out
+    assert main(["plan", "--data", config]) == 0
+    assert "ceiling" in capsys.readouterr().out
+    _truncated(run.parent / "data" / "images" / "003.png")
+    assert main(["inspect", "--data", config]) == 2
+    assert "003" in capsys.readouterr().out

@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from foveate.tasks.report import Report, format_cell, markdown_table
+from foveate.geometry.leaves import uniform_leaves
+from foveate.tasks.predict import Segmented
+from foveate.tasks.report import Gallery, Report, format_cell, markdown_table
 
 
 def make_report() -> Report:
@@ -55,3 +58,24 @@ def test_markdown_table_lines_up() -> None:
     assert lines[1].startswith("|:--")
     assert "a\\|b" in lines[2]
     assert "–" in lines[3]
+
+
+def test_gallery_keeps_the_best_and_the_worst() -> None:
+    gallery = Gallery(("background", "thing"), keep=1, side=120)
+    truth = np.zeros((32, 32), np.uint8)
+    truth[8:24, 8:24] = 1
+    image = torch.rand(3, 32, 32)
+    for shift in (4, 0, 8, 2):
+        labels = torch.from_numpy(np.roll(truth, shift, 1))
+        gallery(f"by {shift}", image, torch.from_numpy(truth), Segmented(labels, uniform_leaves((32, 32), 8), 0.1))
+    assert [case.name for case in gallery.cases] == ["by 8", "by 0"]
+    assert [round(case.dice, 2) for case in gallery.cases] == [0.5, 1.0]
+    assert all(case.picture.shape[1] == 6 + 5 * 126 for case in gallery.cases)
+
+
+def test_gallery_shows_volumes_and_empty_images() -> None:
+    gallery = Gallery(("background", "thing"), side=80)
+    empty = torch.zeros(8, 16, 16, dtype=torch.uint8)
+    gallery("empty", torch.rand(1, 8, 16, 16), empty, Segmented(empty, uniform_leaves((8, 16, 16), 8), 0.1))
+    assert np.isnan(gallery.cases[0].dice)
+    assert gallery.cases[0].picture.ndim == 3

@@ -33,7 +33,11 @@ def _plan_data(path: Path, overrides: list[str]) -> int:
     from foveate.tasks.check import plan_data
     from foveate.tasks.config import load_config
 
-    say(plan_data(load_config(path, overrides)).to_text())
+    config = load_config(path, overrides)
+    from foveate.models import create_config
+
+    patch_size = create_config(config.model.name, **config.model.overrides).patch_size
+    say(plan_data(config, patch_size=patch_size).to_text())
     return 0
 
 

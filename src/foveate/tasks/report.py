@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from foveate.tasks import figures
 from foveate.tasks.figures import Picture, png_bytes
 from foveate.tasks.metrics import PixelMetrics, mean_known
@@ -145,14 +143,19 @@ class Gallery:
         """Take one image, its true labels, and what the model made of it."""
         metrics = PixelMetrics(self.class_names, distances=False)
         dice = mean_known(metrics.update(name, result.labels, labels)["dice"])
-        ranked = sorted([*(case.dice for case in self.cases), dice])
-        if self.keep <= ranked.index(dice) < len(ranked) - self.keep:
+        rank = sum(_rank(case.dice) < _rank(dice) for case in self.cases)
+        if self.keep <= rank < len(self.cases) + 1 - self.keep:
             return
         prediction, truth = result.labels.numpy(), labels.numpy()
         picture = case_panel(image.numpy(), truth, prediction, result.leaves, dice, side=self.side)
-        self.cases = sorted([*self.cases, Case(name, dice, picture)], key=lambda case: case.dice)
+        self.cases = sorted([*self.cases, Case(name, dice, picture)], key=lambda case: _rank(case.dice))
         if len(self.cases) > 2 * self.keep:
             del self.cases[self.keep]
+
+
+def _rank(dice: float) -> float:
+    """Images in which there is nothing to find, and nothing was found, have no Dice; they are among the best."""
+    return 2.0 if math.isnan(dice) else dice
 
 
 def case_panel(image: Any, truth: Any, prediction: Any, leaves: Any, dice: float, *, side: int = 400) -> Picture:
@@ -209,7 +212,7 @@ def run_report(evaluation: "Evaluation", gallery: Gallery) -> Report:
         }
         for row in evaluation.rows
     ]
-    means = {name: float(np.nanmean([row[name] for row in rows])) for name in list(rows[0])[1:]}
+    means = {name: mean_known([float(row[name]) for row in rows]) for name in list(rows[0])[1:]}
     curves = []
     if (evaluation.run / METRICS).is_file():
         records = read_metrics(evaluation.run / METRICS)
