@@ -48,14 +48,17 @@ def test_uniform_grid_is_the_plain_vit(num_dims: int, changes: dict[str, object]
 
 @pytest.mark.parametrize("rope", [False, True])
 def test_an_image_has_the_same_tokens_in_any_company(rope: bool) -> None:
+    """Batch invariance, to the bit, also for an image of one leaf."""
     net = encoder(rope=rope, num_registers=1)
     packs = []
-    for seed, shape in enumerate([(16, 16), (40, 24), (8, 8)]):
+    for seed, shape in enumerate([(16, 16), (40, 24), (8, 8), (4, 4)]):
         image = torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
         packs.append(fv.patchify(image, fv.adaptive_leaves(image, max_leaves=12, min_size=4), 4))
     together = net(fv.pack(packs)).hidden[-1].split([len(pack.pixels) for pack in packs])
     for pack, part in zip(packs, together, strict=True):
-        torch.testing.assert_close(net(pack).hidden[-1], part, rtol=1e-5, atol=1e-5)
+        assert torch.equal(net(pack).hidden[-1], part)
+    assert net(packs[-1]).hidden[-1].shape == (1, 24)
+    assert net(packs[-1]).prefix.shape == (1, 2, 24)
 
 
 def test_order_of_leaves_carries_no_meaning() -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of other layouts fill our encoder, or are refused by the names of the tensors that do not fit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,36 @@ def test_other_grid_patch_and_channels(tmp_path: Path) -> None:
     weight = timm_state()["patch_embed.proj.weight"]
     torch.testing.assert_close(net.patch_embed.proj.weight.sum((1, 2, 3)), weight.sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
     assert net.pos_embed.shape == (1, 65, 24)
+
+
+@pytest.mark.parametrize("side", [3, 5, 6])
+def test_any_patch_size_keeps_the_response_to_a_constant(tmp_path: Path, side: int) -> None:
+    save_file(timm_state(), tmp_path / "vit.safetensors")
+    net = Encoder(EncoderConfig(patch_size=side, width=24, depth=2, num_heads=2, pos_grid=4))
+    load_weights(net, tmp_path / "vit.safetensors")
+    expected = timm_state()["patch_embed.proj.weight"].sum((2, 3))
+    torch.testing.assert_close(net.patch_embed.proj.weight.sum((2, 3)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("embed_prefix", [True, False])
+def test_registers_behind_a_table_for_the_class_token_alone(tmp_path: Path, embed_prefix: bool) -> None:
+    """DINOv2 with registers adds positions before it inserts registers; both of our ways to say so are exact."""
+    theirs = EncoderConfig(patch_size=4, width=24, depth=2, num_heads=2, pos_grid=4, num_registers=3)
+    state = timm_state(theirs)
+    first, rest = state["pos_embed"][:, :1], state["pos_embed"][:, 4:]
+    whole = {**state, "pos_embed": torch.cat([first, torch.zeros(1, 3, 24), rest], 1)}
+    save_file({**state, "pos_embed": torch.cat([first, rest], 1)}, tmp_path / "dino.safetensors")
+    net = Encoder(replace(theirs, embed_prefix=embed_prefix))
+    load_weights(net, tmp_path / "dino.safetensors")
+    image = torch.randn(3, 16, 16)
+    out = net(fv.patchify(image, fv.uniform_leaves((16, 16), 4), 4)).hidden[-1]
+    torch.testing.assert_close(out, PlainVit(whole, theirs)(image[None])[-1][0, 4:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_that_is_no_grid_is_refused(tmp_path: Path) -> None:
+    save_file({**timm_state(), "pos_embed": torch.zeros(1, 15, 24)}, tmp_path / "vit.safetensors")
+    with pytest.raises(FormatError, match="pos_embed has 15 entries, which are no 2-D grid behind 1 prefix tokens"):
+        load_weights(Encoder(SMALL), tmp_path / "vit.safetensors")
 
 
 def test_misfits_are_named(tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def adapt(
     if hasattr(module, "patch_embed") and hasattr(module, "blocks"):
         return AdaptedEncoder(module, _timm_parts(module), num_dims)
     raise ConfigError(
-        f"{type(module).__name__} is no encoder that adapt() knows (timm VisionTransformer, transformers ViT or DINOv2, "
-        "MONAI ViT, torch TransformerEncoder); write a module with EncoderProtocol's attributes instead"
+        f"{type(module).__name__} is no encoder that adapt() knows (timm VisionTransformer, transformers ViT or "
+        "DINOv2, MONAI ViT, torch TransformerEncoder); write a module with EncoderProtocol's attributes instead"
     )
 
 
@@ -127,8 +127,8 @@ def _convolution(proj: nn.Module) -> Callable[[Patches], Tensor]:
         assert isinstance(weight, Tensor)
         if patches.pixels.shape[1:] != weight.shape[1:]:
             raise ShapeError(
-                f"patches of {tuple(patches.pixels.shape[1:])} but the encoder wants {tuple(weight.shape[1:])}: patchify "
-                "with its patch size and channels"
+                f"patches of {tuple(patches.pixels.shape[1:])} but the encoder wants {tuple(weight.shape[1:])}: "
+                "patchify with its patch size and channels"
             )
         return functional.linear(patches.pixels.flatten(1).to(weight.dtype), weight.flatten(1), bias)  # type: ignore[arg-type]
 
@@ -223,7 +223,8 @@ def _adapt_torch(
 ) -> AdaptedEncoder:
     if in_chans is None or patch_size is None:
         raise ConfigError(
-            f"in_chans={in_chans}, patch_size={patch_size}: torch.nn.TransformerEncoder has no patch projection; give both"
+            f"in_chans={in_chans}, patch_size={patch_size}: torch.nn.TransformerEncoder has no patch projection; "
+            "give both"
         )
     first = module.layers[0]
     assert isinstance(first, nn.TransformerEncoderLayer)

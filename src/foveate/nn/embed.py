@@ -42,8 +42,8 @@ class PatchEmbed(nn.Module):
         pixels, weight = patches.pixels, self.proj.weight
         if pixels.shape[1:] != weight.shape[1:]:
             raise ShapeError(
-                f"patches of {tuple(pixels.shape[1:])} (channels, P, ...) but the model wants {tuple(weight.shape[1:])}: "
-                "patchify with the model's patch_size and in_chans"
+                f"patches of {tuple(pixels.shape[1:])} (channels, P, ...) but the model wants "
+                f"{tuple(weight.shape[1:])}: patchify with the model's patch_size and in_chans"
             )
         return functional.linear(pixels.flatten(1).to(weight.dtype), weight.flatten(1), self.proj.bias)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from foveate.errors import ConfigError
-from foveate.geometry.patches import Patches
+from foveate.geometry.patches import Patches, pack
 from foveate.nn.attention import Attention, Packing, Rotate
 from foveate.nn.embed import GeometryEmbed, PatchEmbed, grid_weights, rotary_angles, rotate
 
@@ -49,8 +49,23 @@ class EncoderProtocol(Protocol):
 
 
 def evenly_spaced(depth: int, num: int = 4) -> tuple[int, ...]:
-    """Indices of ``num`` evenly spaced blocks out of ``depth``, the last one among them; fewer where there are fewer."""
+    """Indices of ``num`` evenly spaced blocks of ``depth``, the last among them; fewer where there are fewer."""
     return tuple(sorted({max(0, round(depth * part / num) - 1) for part in range(1, num + 1)}))
+
+
+def enough_rows(patches: Patches, least: int = 16) -> Patches:
+    """A pack of few patches, repeated as further images; any other pack as it is.
+
+    Matrix products on the CPU round the last bit another way below a dozen rows (one or two threads measured), so a
+    tiny image alone would differ from the same image in company.
+
+    Args:
+        patches: the pack; its own rows come first in the result.
+        least: rows to reach.
+    """
+    if not 0 < len(patches.pixels) < least or patches.pixels.device.type != "cpu":
+        return patches
+    return pack([patches] * -(-least // len(patches.pixels)))
 
 
 class LayerScale(nn.Module):
@@ -197,7 +212,8 @@ class Encoder(nn.Module):
         Raises:
             ShapeError: the patches do not fit the weights.
         """
-        config = self.config
+        config, whole = self.config, patches
+        patches = patches if self.training else enough_rows(patches)
         x_TD = self.patch_embed(patches) + self._positions(patches) + self.geometry_embed(patches)
         x_AD, rows_T, packing = self._with_prefix(x_TD, patches)
         turn = self._turn(patches, rows_T, len(x_AD)) if config.rope else None
@@ -211,7 +227,8 @@ class Encoder(nn.Module):
                 hidden.append(self._patch_tokens(x_AD, rows_T))
         x_AD = self.norm(x_AD)
         hidden.append(self._patch_tokens(x_AD, rows_T))
-        return EncoderOutput(tuple(hidden), self._prefix_tokens(x_AD, packing))
+        kept = tuple(x_TD[: len(whole.pixels)] for x_TD in hidden)
+        return EncoderOutput(kept, self._prefix_tokens(x_AD, packing)[: whole.num_images])
 
     def _positions(self, patches: Patches) -> Tensor:
         table_GD = self.pos_embed[0, -(self.config.pos_grid**self.config.num_dims) :]

@@ -65,7 +65,7 @@ def load_weights(encoder: Encoder, path: Path) -> None:
     ours = encoder.state_dict()
     state = translate(read_state(path))
     if "pos_embed" in state:
-        state["pos_embed"] = _resize_positions(state["pos_embed"], encoder, path)
+        _fit_positions(state, encoder, path)
     weight = state.get("patch_embed.proj.weight")
     if weight is not None:
         state["patch_embed.proj.weight"] = _resize_patch(weight, ours["patch_embed.proj.weight"], path)
@@ -145,29 +145,43 @@ def _strip(name: str) -> str:
     return name
 
 
-def _resize_positions(table_1ED: Tensor, encoder: Encoder, path: Path) -> Tensor:
-    config = encoder.config
+def _fit_positions(state: dict[str, Tensor], encoder: Encoder, path: Path) -> None:
+    """Resample the table, and move entries of prefix tokens to where the encoder adds them.
+
+    A table may have entries for all prefix tokens (timm), for the class token alone (DINOv2 with registers), or none.
+    What the encoder has no entry for is added to the class token itself; what the table lacks is zero. Both are exact.
+    """
+    config, table_1ED = encoder.config, state["pos_embed"]
     num_dims, grid = config.num_dims, config.pos_grid
     wanted = config.num_prefix if config.embed_prefix else 0
     entries = table_1ED.shape[1]
-    for num_prefix in dict.fromkeys((wanted, int(config.class_token), 0)):
-        side = round((entries - num_prefix) ** (1 / num_dims))
-        if side**num_dims == entries - num_prefix and num_prefix >= wanted:
+    for num_prefix in dict.fromkeys((wanted, config.num_prefix, int(config.class_token), 0)):
+        side = round((entries - num_prefix) ** (1 / num_dims)) if entries > num_prefix else 0
+        if side and side**num_dims == entries - num_prefix:
             break
     else:
         raise FormatError(
-            f"{path}: pos_embed has {entries} entries, which are no {num_dims}-D grid behind {wanted} prefix tokens; set "
-            "class_token, num_registers and embed_prefix to those of the checkpoint"
+            f"{path}: pos_embed has {entries} entries, which are no {num_dims}-D grid behind {config.num_prefix} "
+            "prefix tokens; set class_token, num_registers and embed_prefix to those of the checkpoint"
         )
     prefix, table = table_1ED[:, :num_prefix], table_1ED[:, num_prefix:]
+    if not wanted:
+        rest = prefix
+        for name in ("cls_token", "reg_token"):
+            count = state[name].shape[1] if name in state else 0
+            if 0 < count <= rest.shape[1]:
+                state[name], rest = state[name] + rest[:, :count], rest[:, count:]
     if side != grid:
-        dense = table.transpose(1, 2).unflatten(2, (side,) * num_dims).float()
-        mode = "bicubic" if num_dims == 2 else "trilinear"
-        dense = functional.interpolate(
-            dense, (grid,) * num_dims, mode=mode, align_corners=False, antialias=num_dims == 2
-        )
-        table = dense.flatten(2).transpose(1, 2).to(table.dtype)
-    return torch.cat([prefix[:, :wanted], table], 1)
+        table = _resample(table, side, grid, num_dims)
+    kept = prefix[:, :wanted]
+    state["pos_embed"] = torch.cat([kept, table.new_zeros(1, wanted - kept.shape[1], table.shape[2]), table], 1)
+
+
+def _resample(table_1ED: Tensor, side: int, grid: int, num_dims: int) -> Tensor:
+    dense = table_1ED.transpose(1, 2).unflatten(2, (side,) * num_dims).float()
+    mode = "bicubic" if num_dims == 2 else "trilinear"
+    dense = functional.interpolate(dense, (grid,) * num_dims, mode=mode, align_corners=False, antialias=num_dims == 2)
+    return dense.flatten(2).transpose(1, 2).to(table_1ED.dtype)
 
 
 def _resize_patch(weight: Tensor, ours: Tensor, path: Path) -> Tensor:
@@ -175,12 +189,16 @@ def _resize_patch(weight: Tensor, ours: Tensor, path: Path) -> Tensor:
         weight = weight.view(ours.shape)
     if weight.ndim != ours.ndim:
         raise FormatError(
-            f"{path}: patch_embed.proj.weight {tuple(weight.shape)} is not {ours.ndim - 2}-D; load it into a model of its kind"
+            f"{path}: patch_embed.proj.weight {tuple(weight.shape)} is not {ours.ndim - 2}-D; load it into a model of "
+            "its kind"
         )
     if weight.shape[2:] != ours.shape[2:]:
         mode = "bilinear" if ours.ndim == 4 else "trilinear"
-        gain = weight[0, 0].numel() / ours[0, 0].numel()
-        weight = functional.interpolate(weight.float(), ours.shape[2:], mode=mode, align_corners=False) * gain
+        spatial = tuple(range(2, ours.ndim))
+        response = weight.float().sum(spatial, keepdim=True)
+        dense = functional.interpolate(weight.float(), ours.shape[2:], mode=mode, align_corners=False)
+        dense = dense * (weight[0, 0].numel() / dense[0, 0].numel())
+        weight = dense + (response - dense.sum(spatial, keepdim=True)) / dense[0, 0].numel()
     theirs, wanted = weight.shape[1], ours.shape[1]
     if theirs != wanted:
         if wanted == 1:
