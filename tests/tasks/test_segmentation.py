@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,16 @@ def test_exploding_training_is_a_typed_error(discs: Path, tmp_path: Path) -> Non
     config = tiny_config(discs, tmp_path / "run", train={"lr": 1e30, "clip": None, "warmup": 0.0, "epochs": 20})
     with pytest.raises(FoveateError, match=r"at step|holds NaN"):
         fit(config)
+
+
+@pytest.mark.parametrize("decoder", ["token", "linear"])
+def test_the_first_guess_is_the_share_of_each_class(discs: Path, tmp_path: Path, decoder: str) -> None:
+    config = tiny_config(discs, tmp_path / "run")
+    overrides = config.model.overrides | {"decoder": decoder}
+    task = build_task(replace(config, model=replace(config.model, overrides=overrides)))
+    covered = np.mean([float((task.train.load(index)[1] == 1).float().mean()) for index in range(len(task.train))])
+    bias = task.model.decoder.head.bias.detach().view(2, -1).softmax(0)[1]
+    assert torch.allclose(bias, torch.full_like(bias, covered), atol=1e-3)
 
 
 def test_a_missing_mask_is_found_before_training(discs: Path, tmp_path: Path) -> None:

@@ -187,7 +187,35 @@ def build_task(config: FitConfig) -> SegmentationTask:
     patch_size = model.config.patch_size
     train = SegmentationData(split["train"], config, patch_size, train=True)
     val = SegmentationData(split["val"], config, patch_size, train=False) if split["val"] else None
+    if config.model.weights is None or not Path(config.model.weights).is_dir():  # a folder holds a trained decoder
+        start_from_shares(model, train)
     return SegmentationTask(config, model, train, val)
+
+
+def start_from_shares(model: Any, data: SegmentationData, num_images: int = 16) -> None:
+    """Set the bias of a fresh decoder so that its first guess is the share of each class, not one half.
+
+    Where structures cover 2 % of the pixels, the first steps would otherwise go into learning just that.
+
+    Args:
+        model: Its ``decoder.head`` is changed, where it has one with a bias per class.
+        data: Training images; the masks of the first ones are counted.
+        num_images: How many are counted.
+
+    Cost: decodes the counted images.
+    """
+    num_classes = data.config.data.num_classes
+    bias = getattr(getattr(model.decoder, "head", None), "bias", None)
+    if bias is None or len(bias) % num_classes:
+        return
+    counts = torch.ones(num_classes, dtype=torch.float64)
+    for index in range(min(num_images, len(data))):
+        labels = data.load(index)[1]
+        assert labels is not None
+        counts += torch.bincount(labels.flatten(), minlength=256)[:num_classes]
+    shares = (counts / counts.sum()).clamp(min=0.01)
+    with torch.no_grad():
+        bias.view(num_classes, -1).copy_((shares / shares.sum()).log()[:, None])
 
 
 def fit(config: FitConfig, *, resume: bool = False, overwrite: bool = False) -> FitResult:
