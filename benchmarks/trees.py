@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import published_chain as published
+import _published_chain as published
 import record
 from foveate.geometry.adaptive import adaptive_patches
 from foveate.geometry.leaves import uniform_leaves
