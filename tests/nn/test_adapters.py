@@ -1,5 +1,6 @@
 """Foreign encoders keep their own answer on their own grid, and work on leaves of any size."""
 
+import copy
 import importlib.util
 
 import pytest
@@ -113,6 +114,24 @@ def test_adapted_encoder_in_a_segmenter() -> None:
     assert logits.shape == (16, 3, 4, 4)
     logits.square().sum().backward()
     assert all(parameter.grad is not None for parameter in encoder.module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["torch", "vit"])
+def test_a_copy_owns_its_weights(kind: str) -> None:
+    """Averaged models are deep copies; the copy must not read the original's weights."""
+    if kind == "torch":
+        layer = nn.TransformerEncoderLayer(24, 2, 48, dropout=0.0, batch_first=True)
+        net = adapt(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), in_chans=3, patch_size=4).eval()
+    else:
+        transformers = pytest.importorskip("transformers")
+        config = transformers.ViTConfig(**NUMBERS, image_size=16, patch_size=4)
+        net = adapt(transformers.ViTModel(config, add_pooling_layer=False)).eval()
+    patches = uniform(torch.randn(3, 16, 16))
+    again = copy.deepcopy(net)
+    before = net(patches).hidden[0]
+    randomise(net, seed=3)
+    assert torch.equal(again(patches).hidden[0], before)
+    assert not torch.equal(net(patches).hidden[0], before)
 
 
 def test_unknown_encoder() -> None:

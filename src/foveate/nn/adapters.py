@@ -39,6 +39,9 @@ class Parts:
     patch_size: int
 
 
+Take = Callable[[nn.Module, nn.Module | None], Parts]
+
+
 class AdaptedEncoder(nn.Module):
     """A foreign encoder as an ``EncoderProtocol``: its patch projection, positions and blocks, on leaves of any size.
 
@@ -48,16 +51,18 @@ class AdaptedEncoder(nn.Module):
 
     Args:
         module: the foreign encoder; a child of this module, trained or frozen as usual.
-        parts: what is taken out of it.
+        take: finds the parts of ``module`` and ``extra``; asked at every forward, so that copies (EMA) and wrappers
+            that replace submodules (FSDP, LoRA) are followed.
         num_dims: N.
         extra: parameters that the foreign encoder has not got (a patch projection for a bare stack of blocks).
     """
 
-    def __init__(self, module: nn.Module, parts: Parts, num_dims: int, extra: nn.Module | None = None) -> None:
+    def __init__(self, module: nn.Module, take: Take, num_dims: int, extra: nn.Module | None = None) -> None:
         super().__init__()
         self.module = module
         self.extra = extra
-        self._parts = parts
+        self._take = take
+        parts = take(module, extra)
         self.width, self.patch_size = parts.width, parts.patch_size
         self.out_blocks = evenly_spaced(len(parts.blocks))
         self.num_hidden = len(self.out_blocks)
@@ -65,26 +70,26 @@ class AdaptedEncoder(nn.Module):
 
     def forward(self, patches: Patches) -> EncoderOutput:
         """Encode a pack, image by image."""
-        parts = self._parts
+        parts = self._take(self.module, self.extra)
         x_TD = parts.project(patches) + self.geometry_embed(patches)
         table = parts.positions()
         if table is not None:
             grid = round(len(table) ** (1 / patches.num_dims))
             x_TD = x_TD + grid_weights(patches, grid).to(table.dtype) @ table
         prefix = parts.prefix()
-        images = [self._image(image, prefix) for image in x_TD.split(list(patches.lengths))]
+        images = [self._image(image, prefix, parts) for image in x_TD.split(list(patches.lengths))]
         hidden = tuple(torch.cat(states) for states in zip(*(image[0] for image in images), strict=True))
         return EncoderOutput(hidden, torch.stack([image[1] for image in images]))
 
-    def _image(self, x_LD: Tensor, prefix: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    def _image(self, x_LD: Tensor, prefix: Tensor | None, parts: Parts) -> tuple[list[Tensor], Tensor]:
         num_prefix = 0 if prefix is None else len(prefix)
         x = (x_LD if prefix is None else torch.cat([prefix.to(x_LD.dtype), x_LD]))[None]
         hidden = []
-        for index, block in enumerate(self._parts.blocks):
+        for index, block in enumerate(parts.blocks):
             x = block(x)
             if index in self.out_blocks[:-1]:
                 hidden.append(x[0, num_prefix:])
-        x = self._parts.norm(x)
+        x = parts.norm(x)
         return [*hidden, x[0, num_prefix:]], x[0, :num_prefix]
 
 
@@ -110,11 +115,11 @@ def adapt(
     if isinstance(module, nn.TransformerEncoder):
         return _adapt_torch(module, num_dims, in_chans, patch_size)
     if hasattr(module, "patch_embedding") and hasattr(module, "blocks"):
-        return AdaptedEncoder(module, _monai_parts(module), num_dims)
+        return AdaptedEncoder(module, _monai_parts, num_dims)
     if hasattr(module, "embeddings") and hasattr(module, "layernorm"):
-        return AdaptedEncoder(module, _transformers_parts(module), num_dims)
+        return AdaptedEncoder(module, _transformers_parts, num_dims)
     if hasattr(module, "patch_embed") and hasattr(module, "blocks"):
-        return AdaptedEncoder(module, _timm_parts(module), num_dims)
+        return AdaptedEncoder(module, _timm_parts, num_dims)
     raise ConfigError(
         f"{type(module).__name__} is no encoder that adapt() knows (timm VisionTransformer, transformers ViT or "
         "DINOv2, MONAI ViT, torch TransformerEncoder); write a module with EncoderProtocol's attributes instead"
@@ -135,8 +140,7 @@ def _convolution(proj: nn.Module) -> Callable[[Patches], Tensor]:
     return project
 
 
-def _timm_parts(module: nn.Module) -> Parts:
-    vit: nn.Module = module
+def _timm_parts(vit: nn.Module, _extra: nn.Module | None) -> Parts:
     proj = vit.get_submodule("patch_embed.proj")
     tokens = [name for name in ("cls_token", "reg_token") if getattr(vit, name, None) is not None]
     embeds_prefix = not getattr(vit, "no_embed_class", False)
@@ -157,7 +161,7 @@ def _timm_parts(module: nn.Module) -> Parts:
     return Parts(_convolution(proj), prefix, positions, blocks, vit.get_submodule("norm"), *_sizes(proj))
 
 
-def _transformers_parts(module: nn.Module) -> Parts:
+def _transformers_parts(module: nn.Module, _extra: nn.Module | None) -> Parts:
     proj = module.get_submodule("embeddings.patch_embeddings.projection")
     for path in ("layers", "encoder.layer", "encoder.layers"):
         try:
@@ -198,7 +202,7 @@ def _unrolled(linear: nn.Linear) -> Callable[[Patches], Tensor]:
     return project
 
 
-def _monai_parts(module: nn.Module) -> Parts:
+def _monai_parts(module: nn.Module, _extra: nn.Module | None) -> Parts:
     proj = module.get_submodule("patch_embedding.patch_embeddings")
     if isinstance(proj, nn.Sequential):
         linear = proj[1]
@@ -228,7 +232,13 @@ def _adapt_torch(
         )
     first = module.layers[0]
     assert isinstance(first, nn.TransformerEncoderLayer)
-    width, batch_first = first.self_attn.embed_dim, first.self_attn.batch_first
+    embed = PatchEmbed(num_dims, in_chans, first.self_attn.embed_dim, patch_size)
+    return AdaptedEncoder(module, _torch_parts, num_dims, extra=embed)
+
+
+def _torch_parts(module: nn.Module, embed: nn.Module | None) -> Parts:
+    assert isinstance(module, nn.TransformerEncoder)
+    assert isinstance(embed, PatchEmbed)
 
     def runner(block: nn.Module) -> Callable[[Tensor], Tensor]:
         def call(x: Tensor) -> Tensor:
@@ -237,11 +247,10 @@ def _adapt_torch(
 
         return call
 
-    embed = PatchEmbed(num_dims, in_chans, width, patch_size)
+    batch_first = module.layers[0].self_attn.batch_first
     norm = module.norm if module.norm is not None else nn.Identity()
     blocks = [runner(block) for block in module.layers]
-    parts = Parts(embed, lambda: None, lambda: None, blocks, norm, width, patch_size)
-    return AdaptedEncoder(module, parts, num_dims, extra=embed)
+    return Parts(embed, lambda: None, lambda: None, blocks, norm, *_sizes(embed.proj))
 
 
 def _sizes(proj: nn.Module) -> tuple[int, int]:
