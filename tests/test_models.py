@@ -38,7 +38,7 @@ def test_logits_are_packed_like_the_pixels(name: str) -> None:
     assert sum(float(parameter.grad.abs().sum()) for parameter in model.parameters() if parameter.grad is not None) > 0
 
 
-# the laws of the design, over whole models; a tolerance where a matrix product may round by its number of rows
+# the laws of the design, over whole models; answers to the bit, gradients and other row counts with a tolerance
 
 
 def three_images(model: fv.SegmentationModel) -> list[fv.Patches]:
@@ -54,7 +54,7 @@ def test_an_image_has_the_same_answer_in_any_company(name: str, changes: dict[st
         patches = fv.pack(batch)
         return list(model(patches).split(list(patches.lengths)))
 
-    laws.batch_invariance(apply, three_images(model), tolerance=1e-5)
+    laws.batch_invariance(apply, three_images(model))
 
 
 @pytest.mark.parametrize("name", NAMES)
