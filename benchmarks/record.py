@@ -90,7 +90,8 @@ def _row(entry: dict[str, Any]) -> str:
     spread = " to ".join(f"{v:g}" for v in entry["spread"]) if entry["spread"] else ""
     met = "yes" if entry["met"] else "**no**"
     value = f"{entry['value']:g} {entry['unit']}".strip()
-    return f"| {entry['claim']} | {value} | {entry['against']} | {entry['target']} | {met} | {spread} | {entry['note']} |"
+    cells = (entry["claim"], value, entry["against"], entry["target"], met, spread, entry["note"])
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _machine() -> dict[str, Any]:
@@ -114,6 +115,6 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str:
-    here = Path(__file__).parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
