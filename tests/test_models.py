@@ -164,6 +164,13 @@ def test_damaged_folders(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "colour": 1}))
     with pytest.raises(FormatError, match="unknown fields colour"):
         fv.SegmentationModel.from_pretrained(tmp_path)
+    for wrong, message in (
+        ({"width": "x"}, r"describes no model \(.*; give a folder"),
+        ({"depth": 0}, "depth=0 is below 1"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
+        with pytest.raises(FormatError, match=message):
+            fv.SegmentationModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(FormatError, match="no readable safetensors"):

@@ -246,7 +246,13 @@ class SegmentationModel(nn.Module):
             raise FormatError(f"{path}: unknown fields {', '.join(unknown)}; it was written by another version")
         if isinstance(values.get("out_blocks"), list):
             values["out_blocks"] = tuple(values["out_blocks"])
-        model = build_model(ModelConfig(**values))
+        try:
+            model = build_model(ModelConfig(**values))
+        except (ConfigError, TypeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise FormatError(
+                f"{path}: describes no model ({reason}); give a folder that save_pretrained wrote"
+            ) from None
         _load_state(model, Path(folder) / WEIGHTS_FILE)
         return model
 

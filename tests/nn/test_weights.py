@@ -1,5 +1,6 @@
 """Checkpoints of other layouts fill our encoder, or are refused by the names of the tensors that do not fit."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 import foveate as fv
 from foveate.errors import FormatError
 from foveate.nn.encoder import Encoder, EncoderConfig
-from foveate.nn.weights import load_weights
+from foveate.nn.weights import load_weights, read_state
 
 SMALL = EncoderConfig(patch_size=4, in_chans=3, width=24, depth=2, num_heads=2, pos_grid=4)
 
@@ -175,6 +176,30 @@ def test_pickles_are_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
     torch.save({"state_dict": timm_state()}, tmp_path / "good.pth")
     load_weights(Encoder(SMALL), tmp_path / "good.pth")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_flipped_and_missing_bytes_are_refused_or_read(tmp_path: Path, kind: str) -> None:
+    """Nothing but FormatError, and no warning, comes out of a damaged checkpoint."""
+    state, path = {"a.weight": torch.randn(3, 4), "b": torch.randn(5)}, tmp_path / "x.pt"
+    if kind == "safetensors":
+        path = tmp_path / "x.safetensors"
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    whole, draw, refused = path.read_bytes(), random.Random(0), 0
+    for turn in range(150):
+        data = bytearray(whole)
+        if turn % 5 == 0:
+            data = data[: draw.randrange(len(data))]
+        else:
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(data)
+        try:
+            read_state(path)
+        except FormatError:
+            refused += 1
+    assert refused > 30
 
 
 def test_damaged_file(tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ No timm is needed. Names are translated, the position table and the patch projec
 """
 
 import re
+import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -46,6 +49,22 @@ _RENAMED = (
     (r"^layernorm\.", "norm."),
 )
 _PART = re.compile(r"^(blocks\.\d+)\.attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|v_proj)\.(weight|bias)$")
+
+# what torch.load raises on damaged files, found by flipping bytes
+_DAMAGE = (
+    OSError,
+    EOFError,
+    UnpicklingError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+)
 
 
 def load_weights(encoder: Encoder, path: Path) -> None:
@@ -92,16 +111,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         FormatError: it is unreadable or holds something other than tensors.
     """
-    from pickle import UnpicklingError
-
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch doubts damaged files in warnings before it refuses them
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, *_DAMAGE) as error:
         reason = " ".join(str(error).split())[:160]
         raise FormatError(
             f"{path}: is no readable checkpoint of tensors ({reason}); convert it to safetensors"
