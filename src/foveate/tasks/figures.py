@@ -231,6 +231,7 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, width: i
         axis.set_axisbelow(True)
         if len(runs) > 1:
             axis.legend(frameon=False)
+        axis.set_xlim(left=0)
     axes[1].set_ylim(0, 1.02)
     canvas.draw()
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
