@@ -10,7 +10,7 @@ import torch
 
 from foveate.errors import ConfigError, FormatError
 from foveate.tasks.config import DataConfig, FitConfig, SplitConfig, TrainConfig, TreeConfig
-from foveate.tasks.cut import blurred, cut
+from foveate.tasks.cut import blurred, cut, share_of
 from foveate.tasks.data import (
     ByteCache,
     Sample,
@@ -85,6 +85,20 @@ def test_an_item_depends_on_seed_epoch_and_index_alone(root: Path) -> None:
     assert not all(same(a, two[i]) for i, a in enumerate(first))
     other = replace(config, train=replace(config.train, seed=4))
     assert not all(same(a, SegmentationData(items, other, 8, train=True)[i]) for i, a in enumerate(first))
+
+
+def test_a_window_has_its_share_of_the_leaves(root: Path) -> None:
+    """A window is cut as finely as the whole image is at validation."""
+    assert share_of(TreeConfig(max_leaves=100), 0.25).max_leaves == 25
+    assert share_of(TreeConfig(max_leaves=100), 0.001).max_leaves == 1
+    assert share_of(TreeConfig(max_leaves=None, tolerance=1.0), 0.25).max_leaves is None
+    config = settings(root)
+    items = find_items(config.data)
+    whole = SegmentationData(items, config, 8, train=False)[0]
+    side = max(whole.patches.leaves[0].shape) // 2
+    windowed = replace(config, data=replace(config.data, window=side))
+    part = SegmentationData(items, windowed, 8, train=True)[0]
+    assert len(part.weight) <= max(1, round(0.3 * len(whole.weight)))
 
 
 def test_workers_change_nothing(root: Path) -> None:

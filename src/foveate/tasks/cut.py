@@ -1,5 +1,6 @@
 """The one place that turns settings into a tree."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,18 @@ def cut(
         detail=tree.detail,
         spacing=spacing,
     )
+
+
+def share_of(tree: TreeConfig, share: float) -> TreeConfig:
+    """The settings for a window of an image, with its share of the leaves, so that it is cut as finely as the whole.
+
+    Args:
+        tree: settings for the whole image.
+        share: pixels of the window over pixels of the image, in (0, 1].
+    """
+    if tree.max_leaves is None:
+        return tree
+    return replace(tree, max_leaves=max(1, round(tree.max_leaves * share)))
 
 
 def blurred(image: Tensor | NDArray[Any], sigma: float) -> Float[NDArray[Any], "C *S"]:

@@ -5,7 +5,7 @@ Legend: T tokens of the batch, L tokens of one image, K classes, P samples per s
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from foveate.errors import ConfigError, FormatError
 from foveate.geometry.patches import Patches, pack, patchify, patchify_mask
 from foveate.tasks.augment import augment, random_window
-from foveate.tasks.cut import cut
+from foveate.tasks.cut import cut, share_of
 from foveate.tasks.items import Item
 from foveate.tasks.resize import limited_shape, shrink_image, shrink_labels
 from foveate.tasks.settings import DataConfig, FitConfig
@@ -139,13 +139,16 @@ class SegmentationData(Dataset[Sample]):
         if labels_array is None:
             raise FormatError(f"{self.items[i].image} has no mask: give one, or leave the image out of training")
         image, labels = normalise(array, scale, data), torch.from_numpy(labels_array)
+        config = self.config
         if self.train:
             seed = np.random.SeedSequence([self.config.train.seed, self.epoch, i])
             generator = np.random.default_rng(seed)
             if data.window is not None:
+                whole = image[0].numel()
                 image, labels = random_window(image, labels, data.window, generator)
+                config = replace(config, tree=share_of(config.tree, image[0].numel() / whole))
             image, labels = augment(image, labels, self.config.train.strength, generator)
-        return make_sample(image, labels, self.config, self.patch_size, self.items[i].name)
+        return make_sample(image, labels, config, self.patch_size, self.items[i].name)
 
     def _decoded(self, i: int, max_side: int | None) -> tuple[NumpyArray, NumpyArray | None, tuple[float, ...]]:
         found: tuple[NumpyArray, NumpyArray | None, tuple[float, ...]] | None = self._cache.get((i, max_side))
