@@ -2,8 +2,9 @@
 
     python benchmarks/quality.py [--data DIR] [--sets demo,dsb2018,hrf,idrid,bcss] [--minutes 6] [--quick] [--out DIR]
 
-The uniform model trains for ``--minutes``, the adaptive one for less than a fifth of that, each on one thread; both are scored
-once on held-out images in pixel space at full resolution. Runs are kept below ``--runs`` so that a table can be made again.
+The uniform model trains for ``--minutes``, the adaptive one for less than a fifth of that, each on one thread; both are
+scored once on held-out images in pixel space at full resolution. Runs are kept below ``--runs``, so that a table can be
+made again.
 """
 
 import argparse
@@ -225,8 +226,9 @@ def main(
     protocol = f"""{head}Same ViT ({MODEL}, trained from scratch) and settings; only the tree and the training time
     differ: uniform {minutes:g} minutes, adaptive {minutes / SHORTER:g}, one thread each, two runs at a time; the
     last weights are scored (no choice of checkpoint), once, on images split by file before augmentation: the test part,
-    or, in sets that are too small for one (idrid, bcss), the validation part, on which nothing was chosen either; Dice per image and class in pixel space at full resolution. Training time includes decoding,
-    augmentation and cutting. Intervals: 95 % t over seeds."""
+    or, in sets that are too small for one (idrid, bcss), the validation part, on which nothing was chosen either; Dice
+    per image and class in pixel space at full resolution. Training time includes decoding, augmentation and cutting.
+    Intervals: 95 % t over seeds."""
     return record.write("quality", protocol, claims, out)
 
 

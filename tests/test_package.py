@@ -65,7 +65,19 @@ def test_module_has_no_debugger_no_bare_except(path: Path) -> None:
 
 def test_one_word_one_meaning() -> None:
     """The words that docs/vocabulary.md turns away name no argument, function or class."""
-    turned_away = {"img", "wsi", "rect", "coords", "nodes", "mesh", "policy", "tp_ratio", "fixed_length", "ids_keep", "n_x"}
+    turned_away = {
+        "img",
+        "wsi",
+        "rect",
+        "coords",
+        "nodes",
+        "mesh",
+        "policy",
+        "tp_ratio",
+        "fixed_length",
+        "ids_keep",
+        "n_x",
+    }
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             names: set[str] = set()
@@ -80,6 +92,6 @@ def test_raise_carries_text() -> None:
     """Every error raised with a FoveateError type has a message."""
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
-                if node.exc.func.id.endswith("Error"):
-                    assert node.exc.args, f"{path.name}:{node.lineno} {node.exc.func.id} without a message"
+            call = node.exc if isinstance(node, ast.Raise) else None
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id.endswith("Error"):
+                assert call.args, f"{path.name}:{node.lineno} {call.func.id} without a message"

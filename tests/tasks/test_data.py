@@ -98,7 +98,8 @@ def test_a_window_has_its_share_of_the_leaves(root: Path) -> None:
     side = max(whole.patches.leaves[0].shape) // 2
     windowed = replace(config, data=replace(config.data, window=side))
     part = SegmentationData(items, windowed, 8, train=True)[0]
-    assert len(part.weight) <= max(1, round(0.3 * len(whole.weight)))
+    share = float(part.weight.sum() / whole.weight.sum())
+    assert len(part.weight) <= max(1, round(share * (config.tree.max_leaves or 0)))
 
 
 def test_workers_change_nothing(root: Path) -> None:
