@@ -1,5 +1,6 @@
 """Checkpoints of other layouts fill our encoder, or are refused by the names of the tensors that do not fit."""
 
+import importlib.util
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +150,36 @@ def test_a_table_that_is_no_grid_is_refused(tmp_path: Path) -> None:
     save_file({**timm_state(), "pos_embed": torch.zeros(1, 15, 24)}, tmp_path / "vit.safetensors")
     with pytest.raises(FormatError, match="pos_embed has 15 entries, which are no 2-D grid behind 1 prefix tokens"):
         load_weights(Encoder(SMALL), tmp_path / "vit.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({}, {}),
+        ({"reg_tokens": 2}, {"num_registers": 2}),
+        ({"reg_tokens": 2, "no_embed_class": True}, {"num_registers": 2, "embed_prefix": False}),
+        ({"init_values": 0.5}, {"layer_scale": 1.0}),
+        ({"class_token": False, "global_pool": "avg"}, {"class_token": False}),
+    ],
+    ids=str,
+)
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is an extra")
+def test_timm_itself(tmp_path: Path, theirs: dict[str, object], ours: dict[str, object]) -> None:
+    """Neutrality against the original: its saved weights give its own tokens."""
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except (ImportError, RuntimeError) as error:  # a torchvision that is missing or does not fit this torch
+        pytest.skip(f"timm cannot be imported here: {error}")
+    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, fc_norm=False, **theirs)
+    randomise(vit)
+    save_file(vit.eval().state_dict(), tmp_path / "timm.safetensors")
+    net = Encoder(replace(SMALL, **ours))  # type: ignore[arg-type]
+    load_weights(net, tmp_path / "timm.safetensors")
+    image = torch.randn(3, 16, 16)
+    with torch.no_grad():
+        out = net.eval()(fv.patchify(image, fv.uniform_leaves((16, 16), 4), 4))
+        expected = vit.forward_features(image[None])[0]
+    torch.testing.assert_close(torch.cat([out.prefix[0], out.hidden[-1]]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_misfits_are_named(tmp_path: Path) -> None:
