@@ -1,8 +1,9 @@
 """Adaptive leaves: exact, for any shape and count, never wasteful, never starving."""
 
+import heapq
 import re
-import time
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from oracle import draw_tissue, draw_vessels, optimal_error, published_leaves, s
 
 import foveate as fv
 from foveate.errors import BudgetError, ConfigError, FormatError, ShapeError
+from foveate.geometry import kernels_tree
 from foveate.geometry.adaptive import adaptive_patches
 from foveate.geometry.edges import edge_map
 from foveate.geometry.tree import cell_sizes
@@ -206,20 +208,23 @@ def test_error_never_above_uniform_and_near_optimal(draw, max_leaves: int) -> No
     assert 10 * np.log10(found / best) <= 0.1
 
 
-def test_tree_cost_is_not_quadratic() -> None:
-    """16 times the leaves cost about 16 times the time (a list that is searched at every split: 256 times)."""
-    values = np.random.default_rng(0).random((512, 512)).astype(np.float32)
-    image = np.zeros((1, 512, 512), np.uint8)
+def test_tree_cost_is_not_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 times the leaves take 16 times the splits, each one look at a heap; a list is searched at every split."""
+    looks = 0
 
-    def cost(max_leaves: int) -> float:
-        best = np.inf
-        for _ in range(5):
-            begin = time.process_time()
-            fv.adaptive_leaves(image, max_leaves, min_size=2, detail=values)
-            best = min(best, time.process_time() - begin)
-        return best
+    def pop(heap: list[object]) -> object:
+        nonlocal looks
+        looks += 1
+        return heapq.heappop(heap)
 
-    assert cost(1 << 16) < 80 * cost(1 << 12)
+    counted = SimpleNamespace(heapify=heapq.heapify, heappush=heapq.heappush, heappop=pop)
+    monkeypatch.setattr(kernels_tree, "heapq", counted)
+    monkeypatch.setattr(kernels_tree, "best_first", kernels_tree.best_first_eager)
+    values = np.random.default_rng(0).random((128, 128)).astype(np.float32)
+    for max_leaves in (256, 4096):
+        looks = 0
+        leaves = fv.adaptive_leaves(np.zeros((1, 128, 128), np.uint8), max_leaves, min_size=2, detail=values)
+        assert looks == (len(leaves) - 1) // 3
 
 
 @pytest.mark.parametrize(("side", "max_leaves", "patch"), [(512, 60, 8), (700, 40, 4), (700, 2000, 8), (100, 9, 16)])

@@ -1,5 +1,6 @@
 """``foveate fit CONFIG.yaml``: train a segmenter."""
 
+import os
 from pathlib import Path
 
 from foveate.cli.parser import VerbParser, say
@@ -22,5 +23,6 @@ def run(words: list[str]) -> int:
     from foveate.tasks.segmentation import fit
 
     result = fit(config, resume=args.resume, overwrite=args.overwrite)
-    say(str(result))
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        say(str(result))
     return 0

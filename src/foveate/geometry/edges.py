@@ -13,9 +13,7 @@ from foveate.geometry.image import Real
 LOW_SHARE = 0.4
 
 
-def edge_map(
-    image: NDArray[Any], blur: int, low: Real | None, high: Real | None, quantile: float
-) -> NDArray[np.uint8]:
+def edge_map(image: NDArray[Any], blur: int, low: Real | None, high: Real | None, quantile: float) -> NDArray[np.uint8]:
     """1 on edges, 0 elsewhere, ``[*S]``; a constant image has no edges.
 
     Args:
