@@ -67,16 +67,7 @@ def test_accelerate_launch_gives_the_weights_of_one_process(tmp_path: Path) -> N
         "train": {"epochs": 2, "batch_size": 2, "augment": 0.0},
     }
     (tmp_path / "fit.yaml").write_text(json.dumps(settings))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "-m",
-        "foveate",
-    ]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     fit = ["fit", str(tmp_path / "fit.yaml")]
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for command in (
