@@ -4,14 +4,15 @@ import math
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from toy_task import ToyTask, toy_config
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, MissingExtraError
 from foveate.tasks.loop import Interrupted, Loop, Position, batch_plan, learning_rate, make_optimizer, run_share
-from foveate.tasks.run import Metrics, read_metrics
+from foveate.tasks.run import Metrics, installed_tracker, read_metrics
 
 
 def weights(task: ToyTask) -> torch.Tensor:
@@ -158,3 +159,21 @@ def test_vectors_and_embeddings_are_not_decayed() -> None:
     assert [parameter.ndim for parameter in decayed["params"]] == [2, 2]
     assert [parameter.ndim for parameter in spared["params"]] == [1, 1]
     assert spared["weight_decay"] == 0.0
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="train.tracker='wandb' needs a package.*pip install wandb"):
+        installed_tracker("wandb")
+
+
+def test_metrics_reach_the_tracker(tmp_path: Path) -> None:
+    sent: list[tuple[dict[str, Any], int]] = []
+    metrics = Metrics(tmp_path / "m.jsonl", also=lambda values, step: sent.append((values, step)))
+    metrics.add({"ce": 0.5}, tokens=4)
+    metrics.flush(Position(step=1), 0.1)
+    metrics.write("val", Position(step=1), {"dice": 0.5, "note": "text"})
+    assert sent == [
+        ({"train/loss": 0.5, "train/ce": 0.5, "train/lr": 0.1, "train/tokens_per_step": 4.0}, 1),
+        ({"val/dice": 0.5}, 1),
+    ]

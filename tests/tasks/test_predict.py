@@ -47,6 +47,15 @@ def test_probability_agrees_with_the_mask(run: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.tif", "a_probability.tif"]
 
 
+def test_overlay_is_written_beside_the_mask(run: Path, tmp_path: Path) -> None:
+    write_disc(tmp_path, "a", 3, (60, 40))
+    mask, overlay = predict(run, tmp_path / "images", tmp_path / "out", overlay=True)
+    assert (mask.name, overlay.name) == ("a.png", "a_overlay.png")
+    with Image.open(overlay) as picture:
+        assert picture.mode == "RGB"
+        assert picture.width * 60 == pytest.approx(picture.height * 40, rel=0.02)
+
+
 def test_a_bad_file_is_reported_and_the_batch_goes_on(run: Path, tmp_path: Path) -> None:
     write_discs(tmp_path, 2)
     (tmp_path / "images" / "01a.png").write_bytes(b"")

@@ -12,6 +12,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("inputs", metavar="INPUT", type=Path, nargs="+", help="images or folders of images")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the masks go")
     parser.add_argument("--probability", action="store_true", help="also write the probabilities, as TIFF")
+    parser.add_argument("--overlay", action="store_true", help="also write a picture of the mask and the leaves")
     parser.add_argument("--overwrite", action="store_true", help="replace masks that are there already")
     parser.add_argument("--max-pixels", metavar="N", type=count, help="refuse images with more pixels than this")
     args = parser.parse(words)
@@ -23,6 +24,7 @@ def run(words: list[str]) -> int:
         args.inputs,
         args.out,
         probability=args.probability,
+        overlay=args.overlay,
         overwrite=args.overwrite,
         max_pixels=args.max_pixels,
     )

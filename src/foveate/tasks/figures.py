@@ -86,10 +86,26 @@ def leaf_overlay(
 
     Cost: O(L + pixels of the picture).
     """
-    base = to_rgb(image, plane=plane)
+    share = (image.shape[1] // 2 if plane is None else plane) / image.shape[1]
+    return outlined(to_rgb(image, plane=plane), leaves, side=side, window=window, depth=share)
+
+
+def outlined(
+    picture: Picture, leaves: Leaves, *, side: int | None = None, window: Window | None = None, depth: float = 0.5
+) -> Picture:
+    """Draw the outlines over a picture of the image, or of one plane of it.
+
+    Args:
+        picture: at any size.
+        leaves: of the whole image.
+        side: as in ``leaf_overlay``.
+        window: as in ``leaf_overlay``.
+        depth: where the plane lies in a volume, from 0 to 1.
+    """
+    base = picture
     boxes = leaves.boxes.cpu().numpy().astype(np.float64)
     if leaves.num_dims == 3:
-        at = (image.shape[1] // 2 if plane is None else plane) * leaves.shape[0] / image.shape[1]
+        at = depth * leaves.shape[0]
         boxes = boxes[(boxes[:, 0, 0] <= at) & (at < boxes[:, 1, 0])][:, :, 1:]
     boxes *= np.array(base.shape[:2]) / leaves.shape[-2:]
     if window is not None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from foveate.errors import FoveateError
 from foveate.tasks.checkpoint import find_checkpoint, load_trainer, restore_rng, rng_state, save_checkpoint
 from foveate.tasks.config import TrainConfig
-from foveate.tasks.run import Metrics, Progress, Signals
+from foveate.tasks.run import Metrics, Progress, Signals, installed_tracker
 
 _LOG_EVERY = 10  # steps per line of the metrics
 _SAVE_EVERY = 120.0  # seconds of training after which `last` is written even without an evaluation
@@ -100,7 +100,10 @@ class Loop:
     def __init__(self, task: Task, config: TrainConfig, folder: Path, *, resume: bool = False):
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator(cpu=on_cpu(), mixed_precision="no")
+        tracker = installed_tracker(config.tracker)
+        self.accelerator = Accelerator(cpu=on_cpu(), mixed_precision="no", log_with=tracker, project_dir=folder)
+        if tracker is not None:
+            self.accelerator.init_trackers("foveate")
         self.task, self.config, self.folder = task, config, folder
         self.position = Position()
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -117,7 +120,12 @@ class Loop:
         if state is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self._rng = state["rng"] if state is not None else None
-        self.metrics = Metrics(folder / "metrics.jsonl", self.position.step if resume else None, active=self.rank == 0)
+        self.metrics = Metrics(
+            folder / "metrics.jsonl",
+            self.position.step if resume else None,
+            active=self.rank == 0,
+            also=self.accelerator.log if tracker is not None else None,
+        )
         self._since_save = 0.0
         self._scores: dict[str, float] = {}
 
@@ -138,6 +146,8 @@ class Loop:
                 return self._finish(reason)
         finally:
             restore_rng(before)
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def _finish(self, reason: str) -> LoopResult:
         if reason == "interrupted":

@@ -158,6 +158,7 @@ def predict(
     out: str | Path,
     *,
     probability: bool = False,
+    overlay: bool = False,
     overwrite: bool = False,
     max_pixels: int | None = None,
     format: str = "png",  # noqa: A002 - the word people type
@@ -170,6 +171,7 @@ def predict(
         inputs: Image files, folders, globs, or CSV/JSONL manifests; also several of them.
         out: Folder for the masks, made where needed: ``<name>.png`` and on request ``<name>_probability.tif``.
         probability: Also write the probability of every class, float16 ``[K, *S]``.
+        overlay: Also write ``<name>_overlay.png``: the image (the middle plane of a volume), its mask and its leaves.
         overwrite: Replace masks that are there already.
         max_pixels: Refuse larger images; None: as in training.
         format: ``png`` or ``tif``; volumes are always ``tif``.
@@ -194,7 +196,10 @@ def predict(
     failed: list[str] = []
     for file, target in zip(files, targets, strict=True):
         try:
-            written += _predict_one(network, config, file, target, probability=probability, overwrite=overwrite)
+            found = _predict_one(
+                network, config, file, target, probability=probability, overlay=overlay, overwrite=overwrite
+            )
+            written += found
         except (FoveateError, OSError, MemoryError) as error:
             line = " ".join(str(error).split()) or type(error).__name__
             line = line if str(file) in line else f"{file}: {line}"
@@ -209,7 +214,14 @@ def predict(
 
 
 def _predict_one(
-    model: nn.Module, config: FitConfig, file: Path, target: Path, *, probability: bool, overwrite: bool
+    model: nn.Module,
+    config: FitConfig,
+    file: Path,
+    target: Path,
+    *,
+    probability: bool,
+    overlay: bool,
+    overwrite: bool,
 ) -> list[Path]:
     from foveate.io.write import write_mask
 
@@ -222,8 +234,17 @@ def _predict_one(
             shape = (config.data.num_classes, *image.shape[1:])
             chances, finish = stack.enter_context(_Probability(target, shape))
         result = segment(model, image, config, probability=chances)
-        write_mask(target, result.labels.numpy(), overwrite=overwrite)
-        return [target] if finish is None else [target, finish()]
+        labels = result.labels.numpy()
+        write_mask(target, labels, overwrite=overwrite)
+        written = [target] if finish is None else [target, finish()]
+    if overlay:
+        from foveate.tasks import figures
+
+        plane = labels if labels.ndim == 2 else labels[len(labels) // 2]
+        picture = figures.label_overlay(figures.to_rgb(image.numpy()), plane)
+        written.append(target.with_name(f"{target.stem}_overlay.png"))
+        figures.save_picture(written[-1], figures.outlined(picture, result.leaves))
+    return written
 
 
 class _Probability:

@@ -8,19 +8,19 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from foveate.errors import ConfigError, FormatError
+from foveate.errors import ConfigError, FormatError, MissingExtraError
 from foveate.tasks.checkpoint import find_checkpoint
 from foveate.tasks.config import FitConfig, TrainConfig, config_to_dict, load_config, save_config
 
 CONFIG, VERSIONS, METRICS, CHECKPOINTS = "config.yaml", "versions.json", "metrics.jsonl", "checkpoints"
 # what may differ when a run is continued: how long it goes on and how fast it is fed, never what it computes
-_FREE_TO_CHANGE = ("epochs", "max_steps", "minutes", "eval_every", "patience", "num_workers")
+_FREE_TO_CHANGE = ("epochs", "max_steps", "minutes", "eval_every", "patience", "num_workers", "tracker")
 
 
 def open_run(config: FitConfig, *, resume: bool = False, overwrite: bool = False, active: bool = True) -> Path:
@@ -161,10 +161,18 @@ class Metrics:
         keep: Step of the checkpoint that is continued: later lines, and a line cut short by a kill, are removed. None
             keeps everything.
         active: False on the processes that do not write.
+        also: Called with every line's values and step, for a tracker.
     """
 
-    def __init__(self, path: Path, keep: int | None = None, *, active: bool = True) -> None:
-        self.path, self.active = path, active
+    def __init__(
+        self,
+        path: Path,
+        keep: int | None = None,
+        *,
+        active: bool = True,
+        also: Callable[[dict[str, Any], int], None] | None = None,
+    ) -> None:
+        self.path, self.active, self.also = path, active, also
         self._sums: dict[str, float] = {}
         self._steps = self._tokens = 0
         if active and path.exists():
@@ -196,6 +204,22 @@ class Metrics:
 
         place = {"kind": kind, "step": position.step, "epoch": position.epoch, "seconds": round(position.seconds, 3)}
         append_jsonl(self.path, place | dict(values))
+        if self.also is not None:
+            numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
+            self.also(numbers, position.step)
+
+
+def installed_tracker(name: str | None) -> str | None:
+    """The name of a tracker, once it is sure that its package is there.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    from importlib.util import find_spec
+
+    if name is not None and find_spec(name) is None:
+        raise MissingExtraError(f"train.tracker={name!r} needs a package that is not installed; pip install {name}")
+    return name
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

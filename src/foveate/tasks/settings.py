@@ -300,6 +300,8 @@ class TrainConfig:
     """Validations without a better score after which training ends; ``null``: never."""
     num_workers: int = 0
     """Processes that prepare images; 0: the training process itself."""
+    tracker: str | None = None
+    """``tensorboard`` or ``wandb``: also send the metrics there; ``null``: only ``metrics.jsonl``."""
 
     @property
     def strength(self) -> float:
@@ -309,6 +311,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _among("train.schedule", self.schedule, ("cosine", "linear", "constant"))
         _among("train.precision", self.precision, ("fp32", "bf16", "fp16"))
+        if self.tracker is not None:
+            _among("train.tracker", self.tracker, ("tensorboard", "wandb"))
         limits = {"epochs": self.epochs, "max_steps": self.max_steps, "minutes": self.minutes}
         _require(
             any(value is not None for value in limits.values()),
