@@ -163,7 +163,7 @@ def test_vectors_and_embeddings_are_not_decayed() -> None:
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match="train.tracker='wandb' needs a package.*pip install wandb"):
+    with pytest.raises(MissingExtraError, match=r"train\.tracker='wandb' needs a package.*pip install wandb"):
         installed_tracker("wandb")
 
 
