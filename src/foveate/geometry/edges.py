@@ -82,4 +82,5 @@ def _edges_3d(
     strong = np.zeros(num + 1, bool)
     strong[groups[strength > upper]] = True
     strong[0] = False
-    return strong[groups].astype(np.uint8)
+    edges: NDArray[np.uint8] = strong[groups].astype(np.uint8)
+    return edges
