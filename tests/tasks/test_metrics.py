@@ -38,7 +38,7 @@ def test_dice_and_iou() -> None:
 def test_dice_is_pixel_space() -> None:
     """Two leaves of unequal size, one right and one wrong: tokens say 1/2, pixels say what was covered."""
     image = np.zeros((1, 64, 64), dtype=np.uint8)
-    image[0, :8, :8] = np.indices((8, 8)).sum(0) % 2 * 255
+    image[0, :8, :8] = np.indices((8, 8)).sum(0) // 2 % 2 * 255  # stripes that 8-pixel leaves of 4 samples can keep
     leaves = adaptive_leaves(image, 10, min_size=8, patch_size=4)
     assert len(set(leaves.area.tolist())) > 1
     truth = np.ones((64, 64), dtype=np.uint8)
