@@ -9,7 +9,7 @@ from foveate.errors import ConfigError
 def run(words: list[str]) -> int:
     """Run the demonstration and print its table and the paths of what it wrote."""
     parser = VerbParser("demo", "Train the same ViT on adaptive and on uniform leaves for the same CPU minutes.")
-    parser.add_argument("--minutes", type=float, help="training minutes for each of the two models (default: 1.75)")
+    parser.add_argument("--minutes", type=float, help="training minutes for each of the two models (default: 1.5)")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("demo"), help="where to write (default: demo)")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows that it runs")
     args = parser.parse(words)

@@ -38,7 +38,7 @@ class DemoSize:
     splits: tuple[int, int, int] = (24, 3, 6)
     min_size: int = 16
     max_leaves: int = 512
-    minutes: float = 1.75
+    minutes: float = 1.5
     overrides: tuple[tuple[str, int], ...] = (("depth", 4), ("decoder_width", 16))
 
 
@@ -88,7 +88,7 @@ def run_demo(
     Returns:
         The table and what was written: ``picture.png``, ``table.md``, ``report.html``.
 
-    Cost: about 4.5 minutes on two cores by default.
+    Cost: about 4 minutes on two idle cores by default.
     """
     folder, size = Path(out), QUICK if quick else DemoSize()
     if minutes is not None:
