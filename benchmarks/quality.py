@@ -228,8 +228,8 @@ def main(
     last weights are scored (no choice of checkpoint), once, on images split by file before augmentation: the test part,
     or, in sets that are too small for one (idrid, bcss), the validation part, on which nothing was chosen either; Dice
     per image and class in pixel space at full resolution. Training time includes decoding, augmentation and cutting.
-    These are minutes of a shared CPU: neither model is near convergence, as the steps in the notes say; what is compared
-    is how far each gets. Finished runs below --runs are taken over.
+    These are minutes of a shared CPU: neither model is near convergence, as the steps in the notes say; compared is
+    how far each gets. Finished runs below --runs are taken over.
     Intervals: 95 % t over seeds."""
     return record.write("quality", protocol, claims, out)
 
