@@ -5,6 +5,7 @@ import pytest
 from make_files import texture
 
 from foveate.errors import FormatError, ShapeError
+from foveate.geometry.source import exact_downsample
 from foveate.io.raster import ArrayRaster, Raster, open_raster
 from foveate.io.write import write_image
 
@@ -46,3 +47,31 @@ def test_opens_a_file(tmp_path: Path) -> None:
     assert raster.spacing == (0.1, 0.2)
     with pytest.raises(FormatError, match="above the limit of 10 pixels"):
         open_raster(tmp_path / "a.png", max_pixels=10)
+
+
+def test_levels_are_read_in_level_0_boxes() -> None:
+    full = texture(2, 9, 11)
+    raster = ArrayRaster(
+        full, coarser=[full[:, ::2, ::2][:, :4, :5]]
+    )  # stored one pixel short: 9 / 2 and 11 / 2 cut off
+    assert raster.levels == ((9, 11), (4, 5))
+    assert raster.downsamples == ((1.0, 1.0), (2.0, 2.0))
+    assert np.array_equal(raster.read(((0, 2), (4, 6)), 1), full[:, 0:4:2, 2:6:2])
+    edge = raster.read(((7, 9), (9, 11)), 1)  # pixels 3..4 and 4..5 of the level: its last ones are repeated
+    assert edge.shape == (2, 2, 2)
+    assert (edge == full[:, 6:7, 8:9]).all()
+    assert raster.read(((8, 10), (9, 11)), 1).shape == (2, 1, 1)
+
+
+def test_rejects_levels_that_do_not_fall() -> None:
+    with pytest.raises(ShapeError, match="give smaller levels"):
+        ArrayRaster(texture(1, 9, 11), coarser=[texture(1, 9, 11)])
+    with pytest.raises(ShapeError, match=r"level 2 of a raster with 2 levels; give 0 to 1"):
+        ArrayRaster(texture(1, 8, 8), coarser=[texture(1, 4, 4)]).read(((0, 0), (2, 2)), 2)
+
+
+@pytest.mark.parametrize(
+    ("full", "level", "expected"), [(2967, 741, 4.0), (2967, 742, 4.0), (100, 33, 3.0), (100, 40, 2.5), (7, 7, 1.0)]
+)
+def test_exact_downsample(full: int, level: int, expected: float) -> None:
+    assert exact_downsample(full, level) == expected

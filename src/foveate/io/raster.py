@@ -1,5 +1,7 @@
 """Images and volumes read by box; the one thing that cutting and prediction need to know of a file."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,108 +10,131 @@ from jaxtyping import Shaped
 from numpy.typing import NDArray
 
 from foveate.errors import ShapeError
+from foveate.geometry.source import Box, Source, exact_downsample, level_window
 from foveate.io.guard import DEFAULT_MAX_PIXELS
 from foveate.io.image import read_image
 
 Array = NDArray[Any]
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # start and stop in level-0 pixels, array order
 
 
 @runtime_checkable
-class Raster(Protocol):
-    """An image or a volume, held or on disk, of one or more levels."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Spatial shape *S of level 0, (H, W) or (D, H, W)."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """Number of channels C."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the samples, as stored."""
-        ...
-
-    @property
-    def levels(self) -> tuple[tuple[int, ...], ...]:
-        """Spatial shape of every level, level 0 (the largest) first."""
-        ...
+class Raster(Source, Protocol):
+    """An image or a volume, held or on disk, of one or more levels, with the physical size of its pixels."""
 
     @property
     def spacing(self) -> tuple[float, ...] | None:
         """Size of a level-0 pixel in mm along each axis, or None where nobody said it."""
         ...
 
-    def read(self, box: Box, level: int = 0) -> Shaped[Array, "C *B"]:
-        """Returns the samples ``[C, *B]`` of one level that lie in ``box``, given in level-0 pixels."""
-        ...
-
 
 class ArrayRaster:
-    """An array as a raster of one level; boxes are views, nothing is copied.
+    """Arrays as a raster; boxes are views, nothing is copied.
 
     Args:
         array: ``[C, H, W]`` or ``[C, D, H, W]``.
-        spacing: Size of a pixel in mm along each spatial axis.
+        spacing: Size of a level-0 pixel in mm along each spatial axis.
+        coarser: The same image at lower resolution, as further levels, largest first.
 
     Raises:
-        ShapeError: the array is of another shape, or ``spacing`` does not have one size above 0 for each axis.
+        ShapeError: an array is of another shape, a level is not smaller than the one before, or ``spacing`` does not
+            have one size above 0 for each axis.
     """
 
-    def __init__(self, array: Shaped[Array, "..."], spacing: tuple[float, ...] | None = None) -> None:
+    def __init__(
+        self,
+        array: Shaped[Array, "..."],
+        spacing: tuple[float, ...] | None = None,
+        coarser: Sequence[Shaped[Array, "..."]] = (),
+    ) -> None:
         if array.ndim not in (3, 4) or array.size == 0:
             raise ShapeError(f"array of shape {array.shape}; give [C, H, W] or [C, D, H, W], no axis empty")
         if spacing is not None and (len(spacing) != array.ndim - 1 or not all(size > 0 for size in spacing)):
             raise ShapeError(f"spacing {spacing} for {array.ndim - 1} axes; give one size in mm above 0 for each")
-        self._array = array
-        self._shape: tuple[int, ...] = array.shape[1:]
+        for fine, coarse in pairwise((array, *coarser)):
+            falls = fine.ndim == coarse.ndim and all(0 < c <= f for f, c in zip(fine.shape, coarse.shape, strict=True))
+            if not falls or len(coarse) != len(array) or coarse.size == fine.size:
+                raise ShapeError(f"level {coarse.shape} below {fine.shape}; give smaller levels of the same channels")
+        self._arrays = (array, *coarser)
         self._spacing = spacing
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Spatial shape *S."""
-        return self._shape
+        return self.levels[0]
 
     @property
     def channels(self) -> int:
         """Number of channels C."""
-        return len(self._array)
+        return len(self._arrays[0])
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the samples."""
-        dtype: np.dtype[Any] = self._array.dtype
+        dtype: np.dtype[Any] = self._arrays[0].dtype
         return dtype
 
     @property
     def levels(self) -> tuple[tuple[int, ...], ...]:
-        """The one level's shape."""
-        return (self.shape,)
+        """Spatial shape of every level."""
+        return tuple(tuple(array.shape[1:]) for array in self._arrays)
+
+    @property
+    def downsamples(self) -> tuple[tuple[float, ...], ...]:
+        """Level-0 pixels per pixel of every level."""
+        return tuple(
+            tuple(exact_downsample(full, side) for full, side in zip(self.shape, level, strict=True))
+            for level in self.levels
+        )
 
     @property
     def spacing(self) -> tuple[float, ...] | None:
         """Size of a pixel in mm along each axis, or None."""
         return self._spacing
 
+    def tile_shape(self, level: int = 0) -> tuple[int, ...]:
+        """The whole level: it is held."""
+        return self.levels[level]
+
     def read(self, box: Box, level: int = 0) -> Shaped[Array, "C *B"]:
-        """Returns the view ``[C, *B]`` of ``box``, which must lie inside the image.
+        """Returns the pixels ``[C, *B]`` of a level that touch ``box``; a view where the level holds them all.
 
         Raises:
             ShapeError: no such level, or a box that is empty, of other axes, or reaches outside the image.
         """
-        if level != 0:
-            raise ShapeError(f"level {level} of a raster with 1 level; give level 0")
-        start, stop = (tuple(int(value) for value in side) for side in box)
-        inside = len(start) == len(stop) == len(self.shape) and all(
-            0 <= low < high <= side for low, high, side in zip(start, stop, self.shape, strict=True)
-        )
-        if not inside:
-            raise ShapeError(f"box {start} to {stop} in an image of {self.shape}; give start < stop inside the image")
-        return self._array[(slice(None), *(slice(low, high) for low, high in zip(start, stop, strict=True)))]
+        window = check_window(box, self.shape, level, self.downsamples)
+        start, stop = stored_window(window, self.levels[level])
+        part = self._arrays[level][(slice(None), *(slice(low, high) for low, high in zip(start, stop, strict=True)))]
+        return fill_window(part, window)
+
+
+def check_window(box: Box, shape: tuple[int, ...], level: int, downsamples: tuple[tuple[float, ...], ...]) -> Box:
+    """Checks what every ``read`` is given, and returns the window in pixels of the level.
+
+    Raises:
+        ShapeError: no such level, or a box that is empty, of other axes, or reaches outside the image.
+    """
+    if not 0 <= level < len(downsamples):
+        number = f"{len(downsamples)} level" + "s" * (len(downsamples) != 1)
+        raise ShapeError(f"level {level} of a raster with {number}; give 0 to {len(downsamples) - 1}")
+    start, stop = (tuple(int(value) for value in side) for side in box)
+    inside = len(start) == len(stop) == len(shape) and all(
+        0 <= low < high <= side for low, high, side in zip(start, stop, shape, strict=True)
+    )
+    if not inside:
+        raise ShapeError(f"box {start} to {stop} in an image of {shape}; give start < stop inside the image")
+    return level_window((start, stop), downsamples[level])
+
+
+def stored_window(window: Box, level_shape: tuple[int, ...]) -> Box:
+    """The pixels of a window that a level holds; at least its last one along each axis."""
+    start = tuple(min(low, side - 1) for low, side in zip(window[0], level_shape, strict=True))
+    return start, tuple(min(high, side) for high, side in zip(window[1], level_shape, strict=True))
+
+
+def fill_window(part: Shaped[Array, "C *A"], window: Box) -> Shaped[Array, "C *B"]:
+    """Repeats the last pixel along each axis where a level ended before its window did."""
+    missing = [high - low - have for low, high, have in zip(*window, part.shape[1:], strict=True)]
+    return part if not any(missing) else np.pad(part, [(0, 0), *((0, count) for count in missing)], mode="edge")
 
 
 def open_raster(
