@@ -5,7 +5,6 @@
 ``DIR/hrf`` holds images/ and masks/ of the HRF vessel set; without it, drawn vessels stand in and the claim says so.
 """
 
-import argparse
 import statistics
 from pathlib import Path
 from typing import Any
@@ -120,9 +119,7 @@ def main(quick: bool, out: Path, *, data: Path = Path("data")) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser = record.arguments(__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with hrf/")
     args = parser.parse_args()
     print(main(args.quick, args.out, data=args.data))

@@ -307,9 +307,7 @@ def main(quick: bool = False, out: Path = record.RESULTS) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser = record.arguments(__doc__)
     parser.add_argument("--peak", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:

@@ -3,7 +3,6 @@
 Run ``foveate bench encoder`` (about two CPU minutes) or ``--quick`` (seconds; proves nothing).
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,8 +107,5 @@ def main(quick: bool = False, out: Path = record.RESULTS) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
-    args = parser.parse_args()
+    args = record.arguments(__doc__).parse_args()
     print(main(args.quick, args.out))

@@ -7,7 +7,6 @@ scored once on held-out images in pixel space at full resolution. Runs are kept 
 made again.
 """
 
-import argparse
 import json
 import math
 import os
@@ -235,9 +234,7 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser = record.arguments(__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with dsb2018/, hrf/, idrid/ and bcss/")
     parser.add_argument("--sets", default="demo,dsb2018,hrf,idrid,bcss")
     parser.add_argument("--minutes", type=float, default=6.0)

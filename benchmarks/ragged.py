@@ -5,7 +5,6 @@ Run ``foveate bench ragged`` (under three CPU minutes) or ``--quick`` (seconds; 
 Legend: T tokens of the pack, B images, L longest image, D width, H heads, E width of a head.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -166,8 +165,5 @@ def main(quick: bool = False, out: Path = record.RESULTS) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
-    args = parser.parse_args()
+    args = record.arguments(__doc__).parse_args()
     print(main(args.quick, args.out))

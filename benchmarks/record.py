@@ -3,6 +3,7 @@
 A family writes ``<family>_<hardware>_<date>.json`` and the same as Markdown beside it.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("foveate", "torch", "numpy", "numba", "opencv-python-headless", "scipy", "monai")
+PACKAGES = ("foveate", "torch", "numpy", "numba", "opencv-python-headless", "scipy", "monai", "tifffile", "imagecodecs")
 
 
 def claim(
@@ -47,6 +48,14 @@ def claim(
         "spread": [round(v, 4) for v in spread] if spread is not None else None,
         "note": note,
     }
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """The parser of a family's script: ``--quick`` and ``--out``; add what else it takes."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, proves nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the record goes")
+    return parser
 
 
 def write(family: str, protocol: str, claims: Sequence[dict[str, Any]], out: Path = RESULTS) -> Path:

@@ -3,7 +3,6 @@
 One thread, CPU time, both sides interleaved in one process, least of n runs; loading and compiling are not counted.
 """
 
-import argparse
 import os
 import time
 from collections.abc import Callable
@@ -206,11 +205,9 @@ def main(quick: bool = False, out: Path = record.RESULTS, data: str | Path | Non
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser = record.arguments(__doc__)
     parser.add_argument(
         "--data", type=Path, default=os.environ.get("DATA"), help="folders of pictures (default: $DATA)"
     )
-    options = parser.parse_args()
-    print(main(options.quick, options.out, options.data))
+    args = parser.parse_args()
+    print(main(args.quick, args.out, args.data))
