@@ -22,6 +22,7 @@ from foveate.tasks.cut import cut, share_of
 from foveate.tasks.items import Item
 from foveate.tasks.resize import limited_shape, shrink_image, shrink_labels
 from foveate.tasks.settings import DataConfig, FitConfig
+from foveate.tasks.values import normalise, value_range, with_channels
 
 IGNORE = 255
 """Label of pixels that neither the loss nor a score looks at."""
@@ -221,60 +222,6 @@ def read_labels(item: Item, data: DataConfig, shape: tuple[int, ...] | None = No
 
     assert item.mask is not None
     return read_mask(item.mask, ClassTable(data.classes, data.unknown), shape=shape, max_pixels=data.max_pixels)
-
-
-def with_channels(image: Shaped[NumpyArray, "c *S"], channels: int, name: str) -> Shaped[NumpyArray, "C *S"]:
-    """The image with the number of channels the model sees: grey repeated, or channels averaged to grey.
-
-    Raises:
-        FormatError: neither is possible.
-    """
-    have = image.shape[0]
-    if have == channels:
-        return image
-    if have == 1:
-        return np.broadcast_to(image, (channels, *image.shape[1:])).copy()
-    if channels == 1:
-        mean: NumpyArray = image.mean(axis=0, dtype=np.float32, keepdims=True)
-        return mean if np.issubdtype(image.dtype, np.floating) else mean.round().astype(image.dtype)
-    raise FormatError(f"{name} has {have} channels but data.channels={channels}: set data.channels={have} or 1")
-
-
-def value_range(image: Shaped[NumpyArray, "C *S"], data: DataConfig) -> tuple[float, float, float]:
-    """Zero, low and high of the value scale of an image, from at most about 2^20 of its pixels.
-
-    ``image``: median and percentiles 1 and 99 over all channels together, so that colours keep their relation; where
-    these coincide, as on a sparse image, the extremes. Otherwise zero, zero and the largest value of the data type.
-    """
-    if data.normalise != "image":
-        high = float(np.iinfo(image.dtype).max) if np.issubdtype(image.dtype, np.integer) else 1.0
-        return (0.0, 0.0, high)
-    step = max(1, round((image[0].size / 2**20) ** (1 / (image.ndim - 1))))
-    some = image[(slice(None), *(slice(None, None, step) for _ in image.shape[1:]))].astype(np.float32)
-    low, middle, high = (float(value) for value in np.percentile(some, (1, 50, 99)))
-    if high <= low:
-        low, high = float(image.min()), float(image.max())
-    return (middle, low, high)
-
-
-def normalise(image: Shaped[NumpyArray, "C *S"], scale: tuple[float, ...], data: DataConfig) -> Float32[Tensor, "C *S"]:
-    """Pixel values as the model sees them.
-
-    ``image``: median at 0 and the robust range of length 1, limited to -5..5 so that one hot pixel cannot rule; a
-    constant image is all 0. ``range``: 0..1. ``fixed``: ``range``, then the declared mean and deviation.
-    """
-    zero, low, high = scale
-    spread = high - low
-    values = torch.from_numpy(image.astype(np.float32))
-    if data.normalise == "image":
-        return values.sub_(zero).div_(spread).clamp_(-5, 5) if spread > 0 else torch.zeros_like(values)
-    values = values.div_(spread)
-    if data.normalise == "fixed":
-        assert data.mean is not None
-        assert data.std is not None
-        sides = (1,) * (values.ndim - 1)
-        values = values.sub_(torch.tensor(data.mean).view(-1, *sides)).div_(torch.tensor(data.std).view(-1, *sides))
-    return values
 
 
 class ByteCache:

@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ from foveate.errors import ConfigError, FormatError
 from foveate.tasks.settings import DataConfig, SplitConfig
 
 SPLITS = ("train", "val", "test")
+_ENDING = re.compile(r"\.(nii|geojson|json)\.gz$|\.ome\.(tiff?|tf[28]|btf|zarr)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Item:
         mask: file of the mask, or ``None``.
         group: what must stay on one side of the split.
         split: ``train``, ``val`` or ``test`` where the manifest says so, else ``None``.
+        mpp: um per pixel where the manifest says so; wins over what the file says.
+        spacing: mm per axis where the manifest says so; wins over what the settings and the file say.
     """
 
     name: str
@@ -33,6 +38,8 @@ class Item:
     mask: Path | None
     group: str
     split: str | None = None
+    mpp: float | None = None
+    spacing: tuple[float, ...] | None = None
 
 
 def find_items(data: DataConfig) -> tuple[Item, ...]:
@@ -109,12 +116,33 @@ def _deal(groups: Sequence[str], split: SplitConfig) -> dict[str, str]:
 
 def _item(root: Path, data: DataConfig, row: Mapping[str, Any]) -> Item:
     image: Path = row["image"]
-    name = image.relative_to(root).with_suffix("").as_posix()
+    name = image.relative_to(root).with_name(stem_of(image)).as_posix()
     mask = row.get("mask")
     if mask is None and data.masks is not None:
         mask = _mask_of(root, data.masks, image)
-    group = row.get("group") or group_of(image.stem, data.split)
-    return Item(name, image, mask, str(group), row.get("split"))
+    group = row.get("group") or group_of(stem_of(image), data.split)
+    return Item(name, image, mask, str(group), row.get("split"), row.get("mpp"), row.get("spacing"))
+
+
+def stem_of(path: Path) -> str:
+    """The name of an image without its ending, of which ``.nii.gz``, ``.ome.tif`` and their like are one."""
+    return _ENDING.sub("", path.name) if _ENDING.search(path.name) else path.stem
+
+
+def is_image(path: Path) -> bool:
+    """Whether a path may be an image: a file, a zarr folder, or a folder of DICOM files; hidden ones are not."""
+    if path.name.startswith("."):
+        return False
+    if not path.is_dir():
+        return path.is_file()
+    if any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray")):
+        return True
+    with os.scandir(path) as entries:
+        first = next((entry.path for entry in entries if entry.is_file() and not entry.name.startswith(".")), None)
+    if first is None:
+        return False
+    with Path(first).open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
 
 
 def group_of(stem: str, split: SplitConfig) -> str:
@@ -135,7 +163,7 @@ def group_of(stem: str, split: SplitConfig) -> str:
 
 def _glob(root: Path, pattern: str, field: str) -> list[Path]:
     _check_inside(pattern, f"data.{field}")
-    found = [p for p in sorted(root.glob(pattern)) if p.is_file() and not p.name.startswith(".")]
+    found = [p for p in sorted(root.glob(pattern)) if is_image(p)]
     if not found:
         raise ConfigError(f"data.{field}={pattern!r} matches no file below {root}: correct the pattern or data.root")
     return [inside(root, str(p.relative_to(root)), f"data.{field}") for p in found]
@@ -145,8 +173,8 @@ def _mask_of(root: Path, rule: str, image: Path) -> Path:
     import glob
 
     _check_inside(rule, "data.masks")
-    pattern = rule.replace("{stem}", glob.escape(image.stem))
-    found = [p for p in sorted(root.glob(pattern)) if p.is_file() and not p.name.startswith(".")]
+    pattern = rule.replace("{stem}", glob.escape(stem_of(image)))
+    found = [p for p in sorted(root.glob(pattern)) if is_image(p)]
     if len(found) != 1:
         what = "no mask" if not found else f"{len(found)} masks"
         raise ConfigError(f"{image.name} has {what} by data.masks={rule!r} below {root}: correct the rule or the files")
@@ -193,7 +221,7 @@ def _read_manifest(root: Path, data: DataConfig) -> list[dict[str, Any]]:
             f"{path} has the columns {', '.join(rows[0])} but neither 'image' nor {data.manifest_id!r}: "
             "name the files in a column 'image', or set data.manifest_id to the column with the file stems"
         )
-    files = {file.stem: file for file in _glob(root, data.images, "images")}
+    files = {stem_of(file): file for file in _glob(root, data.images, "images")}
     result = []
     for number, row in enumerate(rows, 1):
         stem = str(row[data.manifest_id])
@@ -224,7 +252,27 @@ def _checked(path: Path, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
     split = row.get("split") or None
     if split is not None and split not in SPLITS:
         raise FormatError(f"{path} row {number} has split={split!r}: write train, val or test, or leave it empty")
-    return {"group": row.get("group") or None, "split": split}
+    mpp, spacing = _sizes(path, number, row, "mpp"), _sizes(path, number, row, "spacing")
+    if mpp is not None and len(mpp) != 1:
+        raise FormatError(f"{path} row {number} has mpp={row['mpp']!r}: write one size in um, such as 0.25")
+    return {"group": row.get("group") or None, "split": split, "mpp": mpp[0] if mpp else None, "spacing": spacing}
+
+
+def _sizes(path: Path, number: int, row: Mapping[str, Any], column: str) -> tuple[float, ...] | None:
+    """Numbers above 0 from ``0.5``, ``"2.5 0.7 0.7"`` or ``[2.5, 0.7, 0.7]``."""
+    given = row.get(column)
+    if given is None or given == "":
+        return None
+    parts = given if isinstance(given, list) else str(given).replace(",", " ").split()
+    try:
+        sizes = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        sizes = ()
+    if not sizes or not all(0 < size < math.inf for size in sizes):
+        raise FormatError(
+            f"{path} row {number} has {column}={given!r}: write sizes above 0, such as 0.5 or '2.5 0.7 0.7'"
+        )
+    return sizes
 
 
 def _paths(root: Path, path: Path, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,7 +282,7 @@ def _paths(root: Path, path: Path, number: int, row: Mapping[str, Any]) -> dict[
         if not row.get(column):
             continue
         files[column] = inside(root, str(row[column]), where)
-        if not files[column].is_file():
+        if not is_image(files[column]):
             raise FormatError(f"{where} names {row[column]!r}, which is not a file below {root}: correct it")
     if "image" not in files:
         raise FormatError(f"{where} has no image: name one, or remove the row")
