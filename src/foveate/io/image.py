@@ -44,7 +44,7 @@ _QUIET = threading.Lock()  # warning filters belong to the process, so one threa
 
 
 def read_image(
-    path: str | Path, *, axes: str | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
+    path: str | Path, *, axes: str | None = None, max_pixels: int = DEFAULT_MAX_PIXELS, want: Want = "shown"
 ) -> Shaped[Array, "C *S"]:
     """Reads an image or a volume as ``[C, *S]`` in the file's own dtype, upright and with what its numbers stand for.
 
@@ -60,6 +60,7 @@ def read_image(
             first has at most 4 entries, else ``[H, W, C]`` if the last has, else ``[D, H, W]``; with four axes
             ``[C, D, H, W]`` or ``[D, H, W, C]`` by the same rule.
         max_pixels: Most pixels (voxels) that the header may declare; checked before anything is allocated.
+        want: What the numbers shall be: what a viewer shows, or the stored values or colours, see ``guard.Want``.
 
     Returns:
         Contiguous array ``[C, H, W]`` or ``[C, D, H, W]``, native byte order, integer or float.
@@ -73,10 +74,10 @@ def read_image(
         The time of decoding, and memory of at most two copies of the pixels (three when channels are stored last).
     """
     path = Path(path)
-    pixels = load(path, axes=axes, max_pixels=max_pixels, want="shown")
+    pixels = load(path, axes=axes, max_pixels=max_pixels, want=want)
     check_values(path, pixels)
     if pixels.dtype.kind == "b":
-        pixels = pixels.view(np.uint8) * np.uint8(255)
+        pixels = pixels.view(np.uint8) * np.uint8(255 if want == "shown" else 1)
     return np.ascontiguousarray(pixels)
 
 

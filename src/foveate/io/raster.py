@@ -1,6 +1,7 @@
 """Images and volumes read by box; the one thing that cutting and prediction need to know of a file."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 
 from foveate.errors import ShapeError
 from foveate.geometry.source import Box, Source, exact_downsample, level_window
-from foveate.io.guard import DEFAULT_MAX_PIXELS
-from foveate.io.image import read_image
+from foveate.io.guard import DEFAULT_MAX_PIXELS, Want, one_line
+from foveate.io.spacing import mpp_of
+from foveate.io.tile_cache import TileCache
 
 Array = NDArray[Any]
 
@@ -27,6 +29,16 @@ class Raster(Source, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class About:
+    """What ``describe`` says of a raster beside its numbers: who reads it, why, and who says how large a pixel is."""
+
+    reader: str
+    reason: str
+    origin: str
+    notes: tuple[str, ...] = ()
+
+
 class ArrayRaster:
     """Arrays as a raster; boxes are views, nothing is copied.
 
@@ -34,6 +46,7 @@ class ArrayRaster:
         array: ``[C, H, W]`` or ``[C, D, H, W]``.
         spacing: Size of a level-0 pixel in mm along each spatial axis.
         coarser: The same image at lower resolution, as further levels, largest first.
+        about: Where the arrays come from, for ``describe``.
 
     Raises:
         ShapeError: an array is of another shape, a level is not smaller than the one before, or ``spacing`` does not
@@ -45,6 +58,7 @@ class ArrayRaster:
         array: Shaped[Array, "..."],
         spacing: tuple[float, ...] | None = None,
         coarser: Sequence[Shaped[Array, "..."]] = (),
+        about: "About | None" = None,
     ) -> None:
         if array.ndim not in (3, 4) or array.size == 0:
             raise ShapeError(f"array of shape {array.shape}; give [C, H, W] or [C, D, H, W], no axis empty")
@@ -56,6 +70,7 @@ class ArrayRaster:
                 raise ShapeError(f"level {coarse.shape} below {fine.shape}; give smaller levels of the same channels")
         self._arrays = (array, *coarser)
         self._spacing = spacing
+        self.about = about or About("array", "", "given as an argument" if spacing else "nobody said it")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,6 +105,11 @@ class ArrayRaster:
     def spacing(self) -> tuple[float, ...] | None:
         """Size of a pixel in mm along each axis, or None."""
         return self._spacing
+
+    @property
+    def mpp(self) -> float | None:
+        """Um per pixel of a plane, the mean of both axes; None for volumes and where nobody said it."""
+        return mpp_of(self._spacing)
 
     def tile_shape(self, level: int = 0) -> tuple[int, ...]:
         """The whole level: it is held."""
@@ -138,17 +158,61 @@ def fill_window(part: Shaped[Array, "C *A"], window: Box) -> Shaped[Array, "C *B
 
 
 def open_raster(
-    path: str | Path, *, spacing: tuple[float, ...] | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
+    path: str | Path,
+    *,
+    mpp: float | int | None = None,
+    spacing: tuple[float, ...] | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    broken: str = "raise",
+    cache: TileCache | None = None,
+    want: Want = "shown",
 ) -> Raster:
-    """Opens a file as a raster; ordinary images and volumes are read at once, see ``read_image``.
+    """Opens an image, a slide or a volume; the reader is chosen by content, `describe` says which and why.
+
+    Slides, pyramids and images above 2^26 pixels in a TIFF are read tile by tile when asked for; zarr and volumes as
+    their own readers do; other images at once. The size of a pixel is the argument's, else what the vendor, OME or
+    the TIFF's resolution says, else unknown.
 
     Args:
-        path: The file.
-        spacing: Size of a pixel in mm along each spatial axis, if known.
-        max_pixels: As in ``read_image``.
+        path: Slide, image or volume; a folder of zarr or of a DICOM series.
+        mpp: Size of a pixel of a plane, um, against what the file says.
+        spacing: The same in mm along each spatial axis; give one of the two.
+        max_pixels: Most pixels that an image read at once may declare; what is read by tile has no such limit.
+        broken: What a tile that cannot be decoded does: ``"raise"`` a FormatError; ``"fill"`` and ``"skip"`` read
+            background and list its box in the raster's ``broken`` (what is skipped is then trained on by nobody).
+        cache: Where decoded tiles are kept; None is one of 64 MiB that all rasters of a process share.
+        want: What the numbers of an ordinary image or TIFF shall be, as in ``foveate.io.guard.Want``; label masks
+            ask for ``"values"``.
 
     Raises:
-        FormatError: as ``read_image``.
+        FormatError: missing, damaged, dangerous or unknown file.
         ShapeError: ``spacing`` does not fit the number of axes.
+        ConfigError: ``mpp`` or ``broken`` is not allowed, or both sizes are given.
+
+    Cost:
+        The tags of a slide; the pixels of an ordinary image.
     """
-    return ArrayRaster(read_image(path, max_pixels=max_pixels), spacing)
+    from foveate.io.choose import open_by_content
+
+    return open_by_content(
+        Path(path), mpp=mpp, spacing=spacing, max_pixels=max_pixels, broken=broken, cache=cache, want=want
+    )
+
+
+def describe(raster: Raster) -> list[str]:
+    """Lines that say what a raster is: reader and why, levels, channels and type, size of a pixel and who says so."""
+    about = getattr(raster, "about", About(type(raster).__name__, "", "the file" if raster.spacing else "nobody"))
+    lines = [f"reader: {about.reader}" + (f", because {about.reason}" if about.reason else "")]
+    lines.append(f"samples: {raster.channels} channel{'s' * (raster.channels != 1)} of {raster.dtype}")
+    for number, (shape, steps) in enumerate(zip(raster.levels, raster.downsamples, strict=True)):
+        step = " x ".join(f"{value:.6g}" for value in dict.fromkeys(steps))
+        tile = " x ".join(map(str, raster.tile_shape(number)))
+        lines.append(f"level {number}: {' x '.join(map(str, shape))} pixels, downsample {step}, tiles of {tile}")
+    mpp = mpp_of(raster.spacing)
+    if mpp is not None:
+        lines.append(f"mpp: {mpp:.5g} um per pixel ({about.origin})")
+    elif raster.spacing is not None:
+        lines.append(f"spacing: {' x '.join(f'{size:.5g}' for size in raster.spacing)} mm ({about.origin})")
+    else:
+        lines.append("mpp: unknown; pass --mpp X (mpp=X) where the physical size matters")
+    return lines + [f"note: {one_line(note)}" for note in about.notes]

@@ -22,8 +22,9 @@ _CHANNEL = {"C": "C", "S": "C"}
 _SLIDES = {"svs", "ndpi", "scn", "bif", "philips", "avs", "qpi", "ventana"}
 _MAX_PAGES = 65536
 _MAX_TAGS = 4096
+_SUB_PAGES = 330
 _TAG_SIZE = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8, 0])  # bytes by type of tag
-_MAX_TILE = 2**24  # samples of one storage block that need no larger image around them
+MAX_TILE = 2**24  # samples of one storage block that need no larger image around them
 
 # tifffile reports through logging; what matters to us is checked below, the rest belongs to whoever configures logging.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -41,14 +42,14 @@ def read_tiff(path: Path, *, axes: str | None, max_pixels: int, want: Want) -> t
     import tifffile
 
     try:
-        _check_chain(path)
+        check_chain(path)
         with tifffile.TiffFile(path, _multifile=False) as file:
             series = _single_series(path, file)
             kept, names = _axes(path, series, axes)
             _check_header(path, series, kept, names, max_pixels)
             _check_blocks(path, series, path.stat().st_size)
             pixels = np.asarray(series.asarray(maxworkers=1)).reshape(kept)
-            pixels, names = _shown(path, pixels, names, series.keyframe, want)
+            pixels, names = shown(path, pixels, names, series.keyframe, want)
             orientation = int(file.pages.first.tags.valueof(274, default=1))
     except FoveateError:
         raise
@@ -59,10 +60,14 @@ def read_tiff(path: Path, *, axes: str | None, max_pixels: int, want: Want) -> t
     return pixels, names, orientation if 1 <= orientation <= 8 and "D" not in names else 1
 
 
-def _check_chain(path: Path) -> None:
-    """Walks the pages and their tags once: a chain that is cut off would pass for a shorter stack or for plain pages.
+def check_chain(path: Path) -> None:
+    """Walks the pages, their tags and their sub-pages once, before a decoder does.
 
-    It also finds chains that run in a circle, and spares the decoder absurd numbers of pages.
+    A chain that is cut off would pass for a shorter stack or for plain pages. Chains that run in a circle and absurd
+    numbers of pages are found too.
+
+    Raises:
+        FormatError: the chain is cut off, runs in a circle, or has too many pages.
     """
     file_size = path.stat().st_size
     with path.open("rb") as file:
@@ -72,9 +77,13 @@ def _check_chain(path: Path) -> None:
         entry = np.dtype(
             [("tag", f"{order}u2"), ("kind", f"{order}u2")] + [(f, order + word) for f in ("count", "value")]
         )
-        (at,) = struct.unpack_from(order + offset, head, 8 if big else 4)
+        (first,) = struct.unpack_from(order + offset, head, 8 if big else 4)
+        waiting = [(first, True)]
         seen: set[int] = set()
-        while at:
+        while waiting:
+            at, in_chain = waiting.pop()
+            if not at:
+                continue
             if at in seen or len(seen) == _MAX_PAGES:
                 what = "the pages run in a circle" if at in seen else f"there are more than {_MAX_PAGES} pages"
                 raise undecodable(path, "tiff", EOFError(what))
@@ -82,11 +91,21 @@ def _check_chain(path: Path) -> None:
             file.seek(at)
             (number,) = struct.unpack(order + count, file.read(struct.calcsize(count)))
             tags = np.frombuffer(file.read(min(number, _MAX_TAGS) * entry.itemsize), entry, min(number, _MAX_TAGS))
-            (at,) = struct.unpack(order + offset, file.read(struct.calcsize(offset)))
+            (after,) = struct.unpack(order + offset, file.read(struct.calcsize(offset)))
             sizes = tags["count"].astype(np.float64) * _TAG_SIZE[np.minimum(tags["kind"], len(_TAG_SIZE) - 1)]
             apart = sizes > struct.calcsize(offset)
             if (tags["value"][apart].astype(np.float64) + sizes[apart] > file_size).any():
                 raise undecodable(path, "tiff", EOFError("the description of a page lies past the end of the file"))
+            waiting.append((after if in_chain else 0, True))
+            sub = tags[tags["tag"] == _SUB_PAGES][:1]
+            for length, kind in zip(sub["count"].tolist(), sub["kind"].tolist(), strict=True):
+                size = 8 if kind in (16, 18) else 4
+                raw = sub["value"].tobytes()
+                if length * size > struct.calcsize(offset):
+                    file.seek(int(sub["value"][0]))
+                    raw = file.read(min(length, _MAX_PAGES) * size)
+                starts = np.frombuffer(raw, f"{order}u{size}")[:length].tolist()
+                waiting += [(start, False) for start in starts]
 
 
 def _single_series(path: Path, file: Any) -> Any:
@@ -130,7 +149,7 @@ def _check_header(path: Path, series: Any, shape: tuple[int, ...], axes: str, ma
     page = series.keyframe
     if int(page.photometric) not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _MASK, _CMYK, _YCBCR):
         raise bad_file(path, f"has colours of kind {page.photometric}; save it as grey or RGB")
-    if prod(page.chunks) > max(_MAX_TILE, 4 * prod(shape)):
+    if prod(page.chunks) > max(MAX_TILE, 4 * prod(shape)):
         raise bad_file(path, f"declares tiles of {page.chunks}, larger than the image; export the file again")
     if series.dtype is None or series.dtype.kind not in "biuf":
         raise bad_file(path, f"holds {series.dtype} values; give integers or floats")
@@ -156,7 +175,7 @@ def _check_blocks(path: Path, series: Any, file_size: int) -> None:
             raise undecodable(path, "tiff", EOFError("has blocks shorter than one row"))
 
 
-def _shown(path: Path, pixels: Array, axes: str, page: Any, want: Want) -> tuple[Array, str]:
+def shown(path: Path, pixels: Array, axes: str, page: Any, want: Want) -> tuple[Array, str]:
     """Turns stored numbers into the brightness or colour that they stand for; channels, if any, come first."""
     photometric = int(page.photometric)
     if "C" in axes:
