@@ -67,12 +67,13 @@ def _merge_rows(src, c, z0, y0, width, scale, ratio, rows, acc):
 @njit(cache=True, nogil=True)
 @no_type_check
 def haar_step(src, dst, energy, extent, length, ratio, origin, block):
-    """Merge neighbouring samples by ``ratio`` (1 or 2 per axis); add the squared error of doing so to ``energy``.
+    """Merge neighbouring samples by ``ratio`` (1 or 2 per axis runs fast); add the squared error to ``energy``.
 
     ``src [C, D, H, W]`` holds sums over samples of ``extent`` pixels of an image of ``length`` pixels; ``dst`` receives
     the sums of the merged samples; merged sample i counts for the grid cell ``(i + origin) // block``.
     """
     pixels = float(extent[0] * extent[1] * extent[2])
+    pairs = max(ratio[0], ratio[1], ratio[2]) <= 2
     wide = dst.shape[3]
     acc = np.zeros(wide)
     rows = np.empty((4, wide))
@@ -80,7 +81,7 @@ def haar_step(src, dst, energy, extent, length, ratio, origin, block):
         for z in range(dst.shape[1]):
             for y in range(dst.shape[2]):
                 full = (z + 1) * ratio[0] * extent[0] <= length[0] and (y + 1) * ratio[1] * extent[1] <= length[1]
-                inner = length[2] // (extent[2] * ratio[2]) if full else 0
+                inner = length[2] // (extent[2] * ratio[2]) if full and pairs else 0
                 if inner > 0:
                     _merge_rows(src, c, z * ratio[0], y * ratio[1], inner, 0.5 / pixels, ratio, rows, acc)
                     dst[c, z, y, :inner] = rows[0, :inner]
