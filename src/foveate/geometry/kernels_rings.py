@@ -266,7 +266,7 @@ def _side(points, a, b, c):
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def crosses(points, limit):
+def _crosses(points, limit):
     """Whether two edges of a ring cross properly; False as well where that is not known after ``limit`` pairs."""
     n = points.shape[0]
     top = np.empty(n)
@@ -290,3 +290,14 @@ def crosses(points, limit):
             if apart and _side(points, c, d, a) * _side(points, c, d, b) < 0:
                 return True
     return False
+
+
+@njit(cache=True, nogil=True)
+@no_type_check
+def crossed_rings(points, ring_start):
+    """Return how many rings cross themselves, as far as some hundred pairs of edges for each edge tell."""
+    count = 0
+    for r in range(ring_start.shape[0] - 1):
+        ring = points[ring_start[r] : ring_start[r + 1]]
+        count += _crosses(ring, 256 * ring.shape[0])
+    return count

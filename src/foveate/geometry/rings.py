@@ -87,6 +87,11 @@ class Polygons:
         begin = self.polygon_start[:-1]
         return 2 * area[begin] - np.add.reduceat(area, begin) if len(self) else np.empty(0)
 
+    @property
+    def num_crossed(self) -> int:
+        """Number of rings that cross themselves; rings that only touch do not count."""
+        return int(kernels.crossed_rings(self.points, self.ring_start))
+
 
 class Tracer:
     """Collects the outlines of a label image whose tiles come in raster order, each once.
