@@ -57,7 +57,7 @@ def gunzip(path: Path, size: int) -> NDArray[np.uint8]:
         out = np.empty(size, np.uint8)
         if stored <= size + size // 8 + _BLOCK:
             try:
-                if len(imagecodecs.gzip_decode(path.read_bytes(), out=out)) == size:
+                if len(imagecodecs.gzip_decode(path.read_bytes(), out=out.data)) == size:
                     return out
             except imagecodecs.DeflateError:
                 pass  # several members, trailing bytes, or damage: the slow way tells which
