@@ -13,6 +13,7 @@ from foveate.tasks.config import DataConfig, FitConfig, SplitConfig, TrainConfig
 from foveate.tasks.cut import blurred, cut, share_of
 from foveate.tasks.data import (
     ByteCache,
+    Decoded,
     Sample,
     SegmentationData,
     collate,
@@ -219,9 +220,10 @@ def test_channels() -> None:
 
 def test_read_item_without_mask(root: Path) -> None:
     data = DataConfig(root=str(root), masks=None)
-    image, labels = read_item(find_items(data)[0], data)
-    assert image.shape == (3, 64, 96)
-    assert labels is None
+    found = read_item(find_items(data)[0], data)
+    assert isinstance(found, Decoded)
+    assert found.image.shape == (3, 64, 96)
+    assert found.labels is None
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.int16])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 from numpy.typing import NDArray
 
 from foveate.errors import ConfigError, FormatError
@@ -170,6 +170,27 @@ def read_mask(
     check_values(path, pixels)
     if shape is not None and pixels.shape[1:] != tuple(shape):
         raise _other_size(path, pixels.shape[1:], tuple(shape))
+    return label_pixels(pixels, table, path)
+
+
+def label_pixels(pixels: Shaped[Array, "C *S"], table: ClassTable, path: str | Path) -> UInt8[Array, "*S"]:
+    """Maps the stored pixels of a mask, or of a part of it, to class labels.
+
+    Args:
+        pixels: Numbers or RGB as stored, one channel or three.
+        table: Which values mean which class.
+        path: The mask, for the message.
+
+    Returns:
+        uint8 labels, as `read_mask`.
+
+    Raises:
+        FormatError: values of no class, unless declared otherwise; or pixels that the table is not made for.
+
+    Cost:
+        One pass in bands.
+    """
+    path = Path(path)
     codes = _colour_codes(path, pixels) if table.by_colour else _grey(path, pixels, table)
     labels = np.empty(pixels.shape[1:], np.uint8)
     lookup = _colour_lookup(table) if table.by_colour else _value_lookup(table, pixels.dtype)

@@ -1,29 +1,40 @@
-"""Looks at a data set before any time is spent on it: what is wrong with the files, and what a tree could gain."""
+"""Looks at a data set before any time is spent on it: what is wrong with the files."""
 
-import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import median
+from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
-from torch import Tensor
+from jaxtyping import Int64
+from numpy.typing import NDArray
 
 from foveate.errors import FoveateError
-from foveate.geometry.leaves import Leaves, uniform_leaves
-from foveate.tasks.cut import cut
-from foveate.tasks.data import IGNORE, SegmentationData, read_labels, read_pixels
+from foveate.io.raster import Raster
+from foveate.io.volume import Volume
 from foveate.tasks.items import SPLITS, Item, find_items, split_items
-from foveate.tasks.metrics import ceiling, mean_known
-from foveate.tasks.settings import DataConfig, FitConfig
+from foveate.tasks.labels import IGNORE, OTHER_SIZE, whole_labels
+from foveate.tasks.plan_data import DataPlan, ImagePlan, plan_data
+from foveate.tasks.settings import DataConfig
+from foveate.tasks.slides import Slide
+from foveate.tasks.source import NO_MPP, is_large, open_item, open_native, whole_box
+from foveate.tasks.values import with_channels
 
-ERRORS = ("unreadable image", "unreadable mask", "size mismatch", "duplicate across splits")
+__all__ = ["DataPlan", "DataReport", "Finding", "ImagePlan", "SplitRow", "check_data", "plan_data"]
+
+NumpyArray = NDArray[Any]
+
+ERRORS = (
+    "unreadable image",
+    "unreadable mask",
+    "no mpp",
+    "size mismatch",
+    "mixed dimensions",
+    "mixed types",
+    "duplicate across splits",
+)
 """Findings that make training or its score wrong; the others are notes."""
-
-GAIN = 1.2
-"""Uniform over adaptive leaves from which a plan speaks of a gain; below, the trees' own cost is not worth it."""
 
 
 @dataclass(frozen=True)
@@ -115,44 +126,59 @@ class _Census:
         self.images_with = {split: np.zeros(data.num_classes, dtype=np.int64) for split in SPLITS}
         self.seen: dict[bytes, Item] = {}
         self.shapes: list[tuple[int, ...]] = []
+        self.types: dict[str, str] = {}  # sort of pixels -> the first image that has them
 
     def note(self, kind: str, name: str, detail: str) -> None:
         self.findings.append(Finding(kind, name, detail))
 
     def add(self, item: Item) -> None:
-        shape = self._image(item)
+        try:
+            native = open_native(item, self.data)
+            raster = open_item(item, self.data, native)
+            with_channels(np.empty((raster.channels, 1, 1), raster.dtype), self.data.channels, str(item.image))
+        except FoveateError as error:
+            self.note("no mpp" if NO_MPP in str(error) else "unreadable image", item.name, str(error))
+            return
+        shape = tuple(raster.shape)
+        self.shapes.append(shape)
+        self.types.setdefault(f"{len(shape)}-D {raster.dtype}", item.name)
+        slide = None
+        try:
+            if is_large(native):
+                slide = Slide(replace(item, mask=None), native, self.data)
+            self._content(item, slide.small if slide else raster.read(whole_box(shape)))
+        except FoveateError as error:
+            self.note("unreadable image", item.name, str(error))
+        if isinstance(raster, Volume):
+            for line in raster.grid.notes:
+                self.note("volume", item.name, line)
         if item.mask is None:
             self.note("no mask", item.name, "it can be predicted but not learned from or scored")
             return
         try:
-            labels = read_labels(item, self.data)
+            counts = self._labels(item, native, shape)
         except FoveateError as error:
-            self.note("unreadable mask", item.name, str(error))
+            self.note("size mismatch" if OTHER_SIZE in str(error) else "unreadable mask", item.name, str(error))
             return
-        if shape is not None and labels.shape != shape:
-            self.note(
-                "size mismatch", item.name, f"image {shape}, mask {labels.shape}: give a mask of the image's size"
-            )
-            return
-        counts = np.bincount(labels.ravel(), minlength=IGNORE + 1)
+        self._count(item, counts)
+
+    def _labels(self, item: Item, native: Raster, shape: tuple[int, ...]) -> Int64[NumpyArray, "256"]:
+        if is_large(native):
+            return Slide(item, native, self.data).counts()
+        return np.bincount(whole_labels(item, self.data, native, shape).ravel(), minlength=IGNORE + 1)
+
+    def _count(self, item: Item, counts: NumpyArray) -> None:
         split = self.split_of[item.name]
         self.pixels[split] += counts[: self.data.num_classes]
         self.images_with[split] += counts[: self.data.num_classes] > 0
         if counts[IGNORE]:
             self.note(
-                "ignored pixels", item.name, f"{counts[IGNORE]} of {labels.size} have no class and are not scored"
+                "ignored pixels", item.name, f"{counts[IGNORE]} of {counts.sum()} have no class and are not scored"
             )
         if not counts[1 : self.data.num_classes].any():
             self.note("background only", item.name, "the mask holds no class")
 
-    def _image(self, item: Item) -> tuple[int, ...] | None:
-        try:
-            image = read_pixels(item, self.data)
-        except FoveateError as error:
-            self.note("unreadable image", item.name, str(error))
-            return None
-        shape = tuple(image.shape[1:])
-        self.shapes.append(shape)
+    def _content(self, item: Item, image: NumpyArray) -> None:
         if image.min() == image.max():
             self.note("constant image", item.name, f"every value is {image.flat[0]}")
         content = hashlib.blake2b(repr((image.shape, image.dtype.str)).encode())
@@ -166,7 +192,23 @@ class _Census:
                 item.name,
                 f"same pixels as {first.name}" + (f" ({sides[1]} and {sides[0]}): put both into one group" * apart),
             )
-        return shape
+
+    def compare(self) -> None:
+        """Say which sorts of pixels are mixed, and whether the settings bring them together."""
+        if len(self.types) < 2:
+            return
+        shown = ", ".join(f"{sort} ({name})" for sort, name in self.types.items())
+        dims = {sort.split()[0] for sort in self.types}
+        whole = {np.dtype(sort.split()[1]).kind in "bui" for sort in self.types}
+        if len(dims) > 1:
+            self.note("mixed dimensions", self.data.root, f"{shown}: one model takes one; make two sets")
+        elif len(whole) > 1 and self.data.normalise != "image":
+            remedy = (
+                f"data.normalise={self.data.normalise!r} cannot scale both: set it to 'image', or convert the files"
+            )
+            self.note("mixed types", self.data.root, f"{shown}: {remedy}")
+        else:
+            self.note("types", self.data.root, f"{shown}: each is scaled by itself (data.normalise)")
 
 
 def check_data(data: DataConfig, progress: Callable[[int, int], None] | None = None) -> DataReport:
@@ -178,13 +220,15 @@ def check_data(data: DataConfig, progress: Callable[[int, int], None] | None = N
 
     Returns:
         Split table, class shares and findings: unreadable files, unknown labels (as unreadable masks, with the value),
-        size mismatches, images with the same pixels (also across splits), classes that are empty somewhere they are
-        needed, constant images and masks without any class.
+        size mismatches, missing pixel sizes where ``data.mpp`` needs them, mixed types, images with the same pixels
+        (also across splits), classes that are empty somewhere they are needed, constant images and masks without any
+        class; for volumes, what their reader had to decide.
 
     Raises:
         ConfigError: no image is found at all, or the rules contradict each other.
 
-    Cost: one decode of every file; one image in memory at a time.
+    Cost: one decode of every file, but of slides and their masks only low-resolution levels; one image in memory at a
+    time.
     """
     items = find_items(data)
     splits = split_items(items, data)
@@ -194,6 +238,7 @@ def check_data(data: DataConfig, progress: Callable[[int, int], None] | None = N
         census.add(item)
         if progress is not None:
             progress(done, len(items))
+    census.compare()
     rows = []
     for split, members in splits.items():
         total = max(int(census.pixels[split].sum()), 1)
@@ -209,184 +254,3 @@ def check_data(data: DataConfig, progress: Callable[[int, int], None] | None = N
     ordered = tuple(sorted(census.findings, key=lambda finding: not finding.is_error))
     shapes = sorted(census.shapes, key=math.prod)
     return DataReport(data.class_names, tuple(rows), ordered, (shapes[0], shapes[-1]) if shapes else None)
-
-
-@dataclass(frozen=True)
-class ImagePlan:
-    """Leaves that one image needs.
-
-    Args:
-        name: the image's name.
-        adaptive: leaves of the tree per target; ``None`` where the smallest leaf is too large for it.
-        uniform: leaves of a uniform grid per target, likewise.
-    """
-
-    name: str
-    adaptive: tuple[int | None, ...]
-    uniform: tuple[int | None, ...]
-
-
-@dataclass(frozen=True)
-class DataPlan:
-    """What the trees of a set need, beside uniform grids.
-
-    Args:
-        targets: ceilings asked for (Dice of the mask encoded and decoded, meaned over the classes of the image).
-        images: one row per image.
-        patch_size: samples per side of a token.
-        min_size: side of the smallest leaf in pixels.
-    """
-
-    targets: tuple[float, ...]
-    images: tuple[ImagePlan, ...]
-    patch_size: int
-    min_size: int
-
-    def ratios(self, target: int) -> tuple[float, ...]:
-        """Uniform over adaptive leaves at the target of this position, for the images that reach it both ways."""
-        pairs = ((image.uniform[target], image.adaptive[target]) for image in self.images)
-        return tuple(one / two for one, two in pairs if one is not None and two is not None)
-
-    @property
-    def verdict(self) -> str:
-        """Whether adaptive patching has something to gain here, in plain words."""
-        found = [(target, sorted(ratios)) for k, target in enumerate(self.targets) if (ratios := self.ratios(k))]
-        if not found:
-            return (
-                f"no target is reached with leaves of {self.min_size} px and P={self.patch_size}: lower tree.min_size, "
-                "raise the patch size, or keep more of the image (data.max_side)"
-            )
-        parts = ", ".join(
-            f"{median(ratios):.2g}x at {target:g} ({ratios[0]:.2g} to {ratios[-1]:.2g})" for target, ratios in found
-        )
-        gains = [f"{target:g}" for target, ratios in found if median(ratios) >= GAIN]
-        rest = [f"{target:g}" for target, ratios in found if median(ratios) < GAIN]
-        word = f"saves leaves at {', '.join(gains)}" if gains else "has nothing to gain here: use tree.uniform"
-        if gains and rest:
-            word += f" and has nothing to gain at {', '.join(rest)}"
-        return f"adaptive patching {word} (uniform / adaptive leaves at equal ceiling, median and range: {parts})"
-
-    def to_text(self) -> str:
-        """The plan as plain text: a table of images and the verdict."""
-        wide = max((len(image.name) for image in self.images), default=5)
-        lines = ["leaves for a ceiling of (tree / uniform grid)"]
-        lines.append(f"{'image':<{wide}}  " + "  ".join(f"{target:>15g}" for target in self.targets))
-        for image in self.images:
-            cells = [f"{_count(one)} / {_count(two)}" for one, two in zip(image.adaptive, image.uniform, strict=True)]
-            lines.append(f"{image.name:<{wide}}  " + "  ".join(f"{cell:>15}" for cell in cells))
-        return "\n".join(
-            [*lines, f"P={self.patch_size}, smallest leaf {self.min_size} px ('-': too large)", self.verdict]
-        )
-
-
-def _count(leaves: int | None) -> str:
-    return "-" if leaves is None else str(leaves)
-
-
-def plan_data(
-    config: FitConfig,
-    targets: Sequence[float] = (0.9, 0.95, 0.99),
-    *,
-    patch_size: int | None = None,
-    items: Sequence[Item] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> DataPlan:
-    """How many leaves each image needs so that a perfect model could reach a Dice, adaptively and uniformly.
-
-    It needs no model and no training: the true mask is encoded and decoded by the tree alone. The tree is built from
-    the image, as in training, so a set whose image detail does not lie where its mask is shows it here.
-
-    Args:
-        config: the run; its ``tree`` settings but the budget are used, and images at ``data.max_side``.
-        targets: ceilings, Dice from 0 to 1.
-        patch_size: samples per side of a token; ``None``: what ``model.overrides`` says, else 16.
-        items: images to look at; ``None``: all that have a mask.
-        progress: called with (images done, images in all).
-
-    Returns:
-        Leaves to about 5 %, by bisection (the ceiling nearly always grows with the budget), and a verdict.
-
-    Cost: about 20 trees, and as many encodings and decodings of the mask, per image.
-    """
-    if patch_size is None:
-        declared = config.model.overrides.get("patch_size", 16)
-        patch_size = declared if isinstance(declared, int) else 16
-    chosen = [item for item in (find_items(config.data) if items is None else items) if item.mask is not None]
-    data = SegmentationData(chosen, config, patch_size, train=False)
-    rows = []
-    for i, item in enumerate(chosen):
-        image, labels = data.load(i, shrunk=True)
-        assert labels is not None
-        if bool(((labels > 0) & (labels < IGNORE)).any()):
-            rows.append(_plan_image(item.name, image, labels, config, tuple(targets), patch_size))
-        if progress is not None:
-            progress(i + 1, len(chosen))
-    return DataPlan(tuple(targets), tuple(rows), patch_size, config.tree.min_size)
-
-
-def _plan_image(
-    name: str,
-    image: Tensor,
-    labels: UInt8[Tensor, "*S"],
-    config: FitConfig,
-    targets: tuple[float, ...],
-    patch_size: int,
-) -> ImagePlan:
-    finest = config.tree.min_size
-    roots = 1
-    if config.tree.max_size is not None:
-        roots = math.prod(-(-side // config.tree.max_size) for side in labels.shape)
-    most = len(uniform_leaves(tuple(labels.shape), finest))
-
-    def tree(budget: int) -> Leaves:
-        settings = replace(config.tree, max_leaves=budget, tolerance=None, uniform=None)
-        return cut(image, settings, patch_size, config.data.spacing)
-
-    def grid(size: int) -> Leaves:
-        return uniform_leaves(tuple(labels.shape), size)
-
-    def score(leaves: Leaves) -> float:
-        return mean_known(ceiling(labels, leaves, patch_size, config.data.num_classes))
-
-    budgets = _ladder(roots, most, 1.05)
-    sizes = _ladder(finest, max(labels.shape), 1.12)[::-1]
-    return ImagePlan(name, _needed(budgets, tree, score, targets, 14), _needed(sizes, grid, score, targets, 3))
-
-
-def _ladder(low: int, high: int, step: float) -> list[int]:
-    """Whole numbers from low to high, about ``step`` apart, both ends included."""
-    count = math.ceil(math.log(max(high, low) / low, step))
-    return sorted({min(high, round(low * step**k)) for k in range(count)} | {low, max(low, high)})
-
-
-def _needed(
-    choices: Sequence[int],
-    build: Callable[[int], Leaves],
-    score: Callable[[Leaves], float],
-    targets: Sequence[float],
-    stride: int,
-) -> tuple[int | None, ...]:
-    """Leaves of the first choice, from coarse to fine, whose score reaches each target.
-
-    Strides from the coarse end, then bisects: the fine end costs most and is seldom needed.
-    """
-
-    @functools.cache
-    def at(position: int) -> tuple[float, int]:
-        leaves = build(choices[position])
-        return score(leaves), len(leaves)
-
-    found: dict[float, int | None] = {}
-    low, last = 0, len(choices) - 1
-    for target in sorted(targets):
-        high = low
-        while at(high)[0] < target and high < last:
-            low, high = high + 1, min(high + stride, last)
-        if at(high)[0] < target:
-            found[target] = None
-            continue
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if at(middle)[0] >= target else (middle + 1, high)
-        found[target] = at(low)[1]
-    return tuple(found[target] for target in targets)

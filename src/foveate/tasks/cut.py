@@ -1,5 +1,7 @@
 """The one place that turns settings into a tree."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,16 +54,18 @@ def cut(
     )
 
 
-def share_of(tree: TreeConfig, share: float) -> TreeConfig:
+def share_of(tree: TreeConfig, share: float, shape: Sequence[int] = ()) -> TreeConfig:
     """The settings for a window of an image, with its share of the leaves, so that it is cut as finely as the whole.
 
     Args:
         tree: settings for the whole image.
         share: pixels of the window over pixels of the image, in (0, 1].
+        shape: spatial shape of the window, which gets at least the leaves that cover it.
     """
     if tree.max_leaves is None:
         return tree
-    return replace(tree, max_leaves=max(1, round(tree.max_leaves * share)))
+    least = 1 if tree.max_size is None else math.prod(-(-side // tree.max_size) for side in shape)
+    return replace(tree, max_leaves=max(least, round(tree.max_leaves * share)))
 
 
 def blurred(image: Tensor | NDArray[Any], sigma: float) -> Float[NDArray[Any], "C *S"]:

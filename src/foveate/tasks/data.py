@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Shaped, UInt8
+from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -20,12 +20,12 @@ from foveate.geometry.patches import Patches, pack, patchify, patchify_mask
 from foveate.tasks.augment import augment, random_window
 from foveate.tasks.cut import cut, share_of
 from foveate.tasks.items import Item
+from foveate.tasks.labels import IGNORE, whole_labels
 from foveate.tasks.resize import limited_shape, shrink_image, shrink_labels
 from foveate.tasks.settings import DataConfig, FitConfig
+from foveate.tasks.slides import Slide, vary_values
+from foveate.tasks.source import is_large, open_item, open_native, spacing_of, whole_box
 from foveate.tasks.values import normalise, value_range, with_channels
-
-IGNORE = 255
-"""Label of pixels that neither the loss nor a score looks at."""
 
 NumpyArray = NDArray[Any]
 
@@ -108,16 +108,18 @@ class SegmentationData(Dataset[Sample]):
         self.train = train
         self.epoch = 0
         self._cache = ByteCache(config.data.cache_bytes)
+        self._slides: dict[int, Slide] = {}
+        self._sort: tuple[str, str] | None = None  # of pixels, and the first image that has it
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.items) * (self.config.data.windows if self.train else 1)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the variations that follow; call it before the workers of that epoch start."""
         self.epoch = epoch
 
-    def load(self, i: int, *, shrunk: bool = False) -> tuple[Float32[Tensor, "C *S"], UInt8[Tensor, "*S"] | None]:
-        """Image ``i`` whole, normalised and unvaried, with its labels where it has a mask.
+    def read(self, i: int, *, shrunk: bool = False) -> "Whole | Slide":
+        """Image ``i`` unvaried: whole, or opened if it is read by box.
 
         Args:
             i: position in ``items``.
@@ -126,8 +128,36 @@ class SegmentationData(Dataset[Sample]):
         Raises:
             FormatError: a file is unreadable, or image and mask differ in size.
         """
-        image, labels, scale = self._decoded(i, self.config.data.max_side if shrunk else None)
-        return normalise(image, scale, self.config.data), None if labels is None else torch.from_numpy(labels)
+        found = self._decoded(i, self.config.data.max_side if shrunk else None)
+        if isinstance(found, Slide):
+            return found
+        labels = None if found.labels is None else torch.from_numpy(found.labels)
+        return Whole(normalise(found.image, found.scale, self.config.data), labels, _settings_of(found, self.config))
+
+    def load(self, i: int, *, shrunk: bool = False) -> tuple[Float32[Tensor, "C *S"], UInt8[Tensor, "*S"] | None]:
+        """Image and labels of `read`, for sets of images that are read whole.
+
+        Raises:
+            FormatError: as `read`, or the image is read by box.
+        """
+        found = self.read(i, shrunk=shrunk)
+        if isinstance(found, Slide):
+            size = " x ".join(map(str, found.shape))
+            raise FormatError(
+                f"{found.item.image} of {size} pixels is read by box: this needs images that are held whole"
+            )
+        return found.image, found.labels
+
+    def counts(self, i: int) -> Int64[NumpyArray, "256"]:
+        """Pixels of image ``i`` per label of its mask; of a slide, by the mask at a glance.
+
+        Raises:
+            FormatError: a file is unreadable, or there is no mask.
+        """
+        found = self._decoded(i, None)
+        if isinstance(found, Slide):
+            return found.counts()
+        return np.bincount(self._labels(i, found).ravel(), minlength=IGNORE + 1)
 
     def __getitem__(self, i: int) -> Sample:
         """Sample ``i`` of the current epoch.
@@ -136,32 +166,72 @@ class SegmentationData(Dataset[Sample]):
             FormatError: a file is unreadable, has no mask, or image and mask differ in size.
         """
         data = self.config.data
-        array, labels_array, scale = self._decoded(i, data.max_side)
-        if labels_array is None:
-            raise FormatError(f"{self.items[i].image} has no mask: give one, or leave the image out of training")
-        image, labels = normalise(array, scale, data), torch.from_numpy(labels_array)
-        config = self.config
-        if self.train:
-            seed = np.random.SeedSequence([self.config.train.seed, self.epoch, i])
-            generator = np.random.default_rng(seed)
-            if data.window is not None:
-                whole = image[0].numel()
+        seed = np.random.SeedSequence([self.config.train.seed, self.epoch, i])
+        generator = np.random.default_rng(seed)
+        item = i // data.windows if self.train else i
+        is_whole = not self.train or data.share_whole >= 1 or 0 < data.share_whole > generator.random()
+        found = self._decoded(item, data.max_side)
+        if isinstance(found, Slide):
+            if is_whole:
+                return self._whole(item, found, generator)
+            image, labels, config = found.window(self.config, generator)
+        else:
+            image, labels = normalise(found.image, found.scale, data), torch.from_numpy(self._labels(item, found))
+            config = _settings_of(found, self.config)
+            if not is_whole:
+                assert data.window is not None
+                num_pixels = image[0].numel()
                 image, labels = random_window(image, labels, data.window, generator)
-                config = replace(config, tree=share_of(config.tree, image[0].numel() / whole))
+                tree = share_of(config.tree, image[0].numel() / num_pixels, labels.shape)
+                config = replace(config, tree=tree)
+        if self.train:
             image, labels = augment(image, labels, self.config.train.strength, generator)
-        return make_sample(image, labels, config, self.patch_size, self.items[i].name)
+        return make_sample(image, labels, config, self.patch_size, self.items[item].name)
 
-    def _decoded(self, i: int, max_side: int | None) -> tuple[NumpyArray, NumpyArray | None, tuple[float, ...]]:
-        found: tuple[NumpyArray, NumpyArray | None, tuple[float, ...]] | None = self._cache.get((i, max_side))
-        if found is None:
-            image, labels = read_item(self.items[i], self.config.data)
-            scale = value_range(image, self.config.data)
-            shape = limited_shape(image.shape[1:], max_side)
-            image = shrink_image(image, shape)
-            labels = None if labels is None else shrink_labels(labels, shape)
-            found = (image, labels, scale)
-            self._cache.put((i, max_side), found, image.nbytes + (0 if labels is None else labels.nbytes))
+    def _whole(self, i: int, slide: Slide, generator: np.random.Generator) -> Sample:
+        parts = self._cache.get((i, "whole"))
+        if parts is None:
+            parts = slide.whole(self.config, self.patch_size)
+            size = sum(part.numel() * 4 for part in (parts[0].pixels, *parts[1:]))
+            self._cache.put((i, "whole"), parts, size)
+        patches, soft, weight = parts
+        if self.train:
+            patches = vary_values(patches, self.config.train.strength, generator)
+        return Sample(patches, soft, weight, self.items[i].name)
+
+    def _labels(self, i: int, found: "Decoded") -> UInt8[NumpyArray, "*S"]:
+        if found.labels is None:
+            raise FormatError(f"{self.items[i].image} has no mask: give one, or leave the image out of training")
+        return found.labels
+
+    def _decoded(self, i: int, max_side: int | None) -> "Decoded | Slide":
+        found: Decoded | Slide | None = self._slides.get(i) or self._cache.get((i, max_side))
+        return self._read(i, max_side) if found is None else found
+
+    def _read(self, i: int, max_side: int | None) -> "Decoded | Slide":
+        found = read_item(self.items[i], self.config.data)
+        if isinstance(found, Slide):
+            self._check_alike(i, len(found.shape), found.raster.dtype)
+            self._slides[i] = found
+            return found
+        self._check_alike(i, found.image.ndim - 1, found.image.dtype)
+        shape = limited_shape(found.image.shape[1:], max_side)
+        labels = None if found.labels is None else shrink_labels(found.labels, shape)
+        found = replace(found, image=shrink_image(found.image, shape), labels=labels)
+        self._cache.put((i, max_side), found, found.image.nbytes + (0 if labels is None else labels.nbytes))
         return found
+
+    def _check_alike(self, i: int, num_dims: int, dtype: np.dtype[Any]) -> None:
+        """Refuse images that the settings cannot bring to one scale, or one model not take."""
+        sort = f"{num_dims}-D"
+        if self.config.data.normalise != "image":
+            sort += " float" if dtype.kind == "f" else " integer"
+        first, other = self._sort = self._sort or (sort, str(self.items[i].image))
+        if first != sort:
+            raise FormatError(
+                f"{self.items[i].image} is {sort} and {other} is {first}, which data.normalise="
+                f"{self.config.data.normalise!r} cannot bring together: set it to 'image', or make two sets"
+            )
 
 
 def make_sample(
@@ -181,47 +251,56 @@ def make_sample(
     return Sample(patchify(image, leaves, patch_size), soft, weight, name)
 
 
-def read_item(item: Item, data: DataConfig) -> tuple[NumpyArray, NumpyArray | None]:
-    """Decode one image and, where there is one, its mask.
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """An image that is held whole, as stored, at the resolution the model works at.
 
-    Returns:
-        The image ``[data.channels, *S]`` in its file's own type, and labels ``[*S]`` uint8 or ``None``.
+    Args:
+        image: in its file's own type, with the channels the model sees.
+        labels: class per pixel, or ``None`` where there is no mask.
+        scale: what `value_range` says of it.
+        spacing: size of its pixels in mm, where known and meant.
+    """
+
+    image: Shaped[NumpyArray, "C *S"]
+    labels: UInt8[NumpyArray, "*S"] | None
+    scale: tuple[float, ...]
+    spacing: tuple[float, ...] | None
+
+
+def _settings_of(found: Decoded, config: FitConfig) -> FitConfig:
+    """The settings for one image, with its own spacing."""
+    return replace(config, data=replace(config.data, spacing=found.spacing))
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """An image as the model sees it, not varied.
+
+    Args:
+        image: normalised.
+        labels: class per pixel, or ``None`` where there is no mask.
+        config: the settings of the run, with ``data.spacing`` that of this image.
+    """
+
+    image: Float32[Tensor, "C *S"]
+    labels: UInt8[Tensor, "*S"] | None
+    config: FitConfig
+
+
+def read_item(item: Item, data: DataConfig) -> Decoded | Slide:
+    """Decode one image and, where there is one, its mask; or open both if the image is read by box.
 
     Raises:
         FormatError: a file is unreadable, holds values no class names, or the two differ in size.
     """
-    image = read_pixels(item, data)
-    if item.mask is None:
-        return image, None
-    return image, read_labels(item, data, image.shape[1:])
-
-
-def read_pixels(item: Item, data: DataConfig) -> Shaped[NumpyArray, "C *S"]:
-    """The image of an item in its file's own type, with the number of channels the model sees.
-
-    Raises:
-        FormatError: the file is unreadable, or has channels that do not fit.
-    """
-    from foveate.io.image import read_image
-
-    return with_channels(read_image(item.image, max_pixels=data.max_pixels), data.channels, str(item.image))
-
-
-def read_labels(item: Item, data: DataConfig, shape: tuple[int, ...] | None = None) -> UInt8[NumpyArray, "*S"]:
-    """The labels of an item, by the declared classes.
-
-    Args:
-        item: an item with a mask.
-        data: the classes.
-        shape: spatial shape of the image, which the mask must have.
-
-    Raises:
-        FormatError: the file is unreadable, has another size, or holds values that no class names.
-    """
-    from foveate.io.masks import ClassTable, read_mask
-
-    assert item.mask is not None
-    return read_mask(item.mask, ClassTable(data.classes, data.unknown), shape=shape, max_pixels=data.max_pixels)
+    native = open_native(item, data)
+    if is_large(native):
+        return Slide(item, native, data)
+    raster = open_item(item, data, native)
+    image = with_channels(raster.read(whole_box(raster.shape)), data.channels, str(item.image))
+    labels = None if item.mask is None else whole_labels(item, data, native, tuple(raster.shape))
+    return Decoded(image, labels, value_range(image, data), spacing_of(item, data, raster))
 
 
 class ByteCache:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, Int64, Integer, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -61,9 +61,14 @@ class PixelMetrics:
         self.distances = distances
         self.rows: list[dict[str, Any]] = []
         self._pixels = np.zeros((len(self.class_names), 3), dtype=np.int64)
+        self._units: list[str] = []
 
     def update(
-        self, name: str, predicted: Integer[NumpyArray | Tensor, "..."], truth: Integer[NumpyArray | Tensor, "..."]
+        self,
+        name: str,
+        predicted: Integer[NumpyArray | Tensor, "..."],
+        truth: Integer[NumpyArray | Tensor, "..."],
+        spacing: Sequence[float] | None = None,
     ) -> dict[str, Any]:
         """Score one image and remember the result.
 
@@ -71,6 +76,7 @@ class PixelMetrics:
             name: the image's name.
             predicted: class per pixel ``[*S]`` at full resolution.
             truth: class per pixel, same shape; pixels of 255 are not looked at.
+            spacing: pixel size of this image in mm per axis; ``None``: that of all images.
 
         Returns:
             The row: ``name``; per measure a dictionary from class to value, NaN where the class is left out; and the
@@ -82,23 +88,42 @@ class PixelMetrics:
         guess, real = np.asarray(predicted), np.asarray(truth)
         if guess.shape != real.shape:
             raise ShapeError(f"prediction {guess.shape} and truth {real.shape} differ: bring it to full resolution")
-        known = real != IGNORE
+        far: dict[str, float] = {}
+        sizes = self.spacing if spacing is None else tuple(spacing)
+        if self.distances:
+            known = real != IGNORE
+            for label, class_name in enumerate(self.class_names[1:], 1):
+                one, two = (guess == label) & known, (real == label) & known
+                far[class_name] = hausdorff95(one, two, sizes, absent=self.absent)
+        return self._add(name, count_labels(guess, real, len(self.class_names)), far, sizes)
+
+    def update_counts(self, name: str, counts: Int64[NumpyArray, "K 3"]) -> dict[str, Any]:
+        """Score one image that is too large to hold by its counts, and remember the result; there are no distances.
+
+        Args:
+            name: the image's name.
+            counts: sum of `count_labels` over boxes that cover the image once.
+
+        Returns:
+            The row, as `update`; ``hd95`` is NaN.
+        """
+        return self._add(name, counts, {}, self.spacing)
+
+    def _add(
+        self, name: str, counts: NumpyArray, far: Mapping[str, float], spacing: tuple[float, ...] | None
+    ) -> dict[str, Any]:
         row: dict[str, Any] = {"name": name, **{measure: {} for measure in MEASURES}, "missed": [], "invented": []}
-        for label, class_name in enumerate(self.class_names):
-            if label == 0:
-                continue
-            one, two = (guess == label) & known, (real == label) & known
-            counts = np.array([np.count_nonzero(one & two), np.count_nonzero(one), np.count_nonzero(two)])
-            self._pixels[label] += counts
-            if counts[1] == 0 < counts[2]:
+        for class_name, (both, one, two) in zip(self.class_names[1:], counts[1:].tolist(), strict=True):
+            if one == 0 < two:
                 row["missed"].append(class_name)
-            if counts[2] == 0 < counts[1]:
+            if two == 0 < one:
                 row["invented"].append(class_name)
-            row["dice"][class_name], row["iou"][class_name] = _dice_iou(*(int(count) for count in counts))
-            row["hd95"][class_name] = (
-                hausdorff95(one, two, self.spacing, absent=self.absent) if self.distances else math.nan
-            )
+            row["dice"][class_name], row["iou"][class_name] = _dice_iou(both, one, two)
+            row["hd95"][class_name] = far.get(class_name, math.nan)
+        self._pixels += counts
         self.rows.append(row)
+        if far:
+            self._units.append("px" if spacing is None else "mm")
         return row
 
     def summarise(self) -> dict[str, Any]:
@@ -108,16 +133,20 @@ class PixelMetrics:
             ``num_images``; ``hd95_unit``; per measure a dictionary from class to ``{"mean", "low", "high", "num"}``
             (Student's t over the images that score it; ``low`` and ``high`` are NaN below two images), and under
             ``"mean"`` the same for the mean over classes of each image; ``pooled_dice`` per class over all pixels
-            together; ``missed`` and ``invented`` images per class.
+            together; ``missed`` and ``invented`` images per class. Where only some images have a spacing, distances
+            have no mean.
         """
         scored = self.class_names[1:]
+        units = set(self._units) or {"px" if self.spacing is None else "mm"}
         result: dict[str, Any] = {
             "num_images": len(self.rows),
-            "hd95_unit": "px" if self.spacing is None else "mm",
+            "hd95_unit": "px or mm" if len(units) > 1 else min(units),
             "absent": self.absent,
         }
         for measure in MEASURES:
             table = np.array([[row[measure][name] for name in scored] for row in self.rows]).reshape(-1, len(scored))
+            if measure == "hd95" and len(units) > 1:
+                table = np.full_like(table, np.nan)
             result[measure] = {name: interval(table[:, k]) for k, name in enumerate(scored)}
             result[measure]["mean"] = interval(_row_means(table))
         result["pooled_dice"] = {
@@ -134,6 +163,28 @@ def _row_means(table: NumpyArray) -> NumpyArray:
     known = ~np.isnan(table)
     count = known.sum(1)
     return np.where(count > 0, np.where(known, table, 0.0).sum(1) / np.maximum(count, 1), np.nan)
+
+
+def count_labels(
+    guess: Integer[NumpyArray, "..."] | int, real: Integer[NumpyArray, "..."], num_classes: int
+) -> Int64[NumpyArray, "K 3"]:
+    """Pixels per class in both, in the prediction and in the truth, where the truth is known.
+
+    Args:
+        guess: class per pixel, or one for all.
+        real: class per pixel, 255 where unknown.
+        num_classes: K, background included.
+    """
+    size = IGNORE + 1
+    if isinstance(guess, int):
+        table = np.zeros((size, size), dtype=np.int64)
+        table[:, guess] = np.bincount(real.ravel(), minlength=size)
+    else:
+        pairs = real.ravel().astype(np.uint16) * np.uint16(size) + guess.ravel()
+        table = np.bincount(pairs, minlength=size * size).reshape(size, size)
+    table[IGNORE] = 0
+    counts = np.stack([np.diagonal(table), table.sum(0), table.sum(1)], axis=1)
+    return counts[:num_classes].astype(np.int64)
 
 
 def _dice_iou(both: int, one: int, two: int) -> tuple[float, float]:
@@ -245,14 +296,8 @@ def ceiling(
     """
     soft, _ = patchify_mask(labels, leaves, patch_size, num_classes)
     painted = paint_labels(soft, leaves, mode=mode).numpy()
-    real = labels.numpy()
-    known = real != IGNORE
-    scores = []
-    for label in range(1, num_classes):
-        one, two = (painted == label) & known, (real == label) & known
-        both = np.count_nonzero(one & two)
-        scores.append(_dice_iou(int(both), int(np.count_nonzero(one)), int(np.count_nonzero(two)))[0])
-    return tuple(scores)
+    counts = count_labels(painted, labels.numpy(), num_classes)
+    return tuple(_dice_iou(*row)[0] for row in counts[1:].tolist())
 
 
 def mean_known(values: Sequence[float] | Mapping[str, float]) -> float:

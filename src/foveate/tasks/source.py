@@ -6,6 +6,7 @@ Legend: C channels, L leaves, P samples per side, N spatial axes.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 
 from foveate.errors import ConfigError, FormatError
 from foveate.geometry.patches import Patches
-from foveate.geometry.source import Box
+from foveate.geometry.source import Box, Source
 from foveate.io.raster import ArrayRaster, Raster, open_raster
+from foveate.io.volume import Volume, is_volume, open_volume
 from foveate.tasks.items import Item
-from foveate.tasks.resize import limited_shape, shrink_image
+from foveate.tasks.resize import limited_shape, shrink_image, shrink_labels
 from foveate.tasks.settings import DataConfig, FitConfig, TreeConfig
 from foveate.tasks.values import normalise, value_range, with_channels
 
@@ -26,6 +28,8 @@ LARGE = 2**26
 
 GLANCE = 2**20
 """Pixels from which the value scale, the tissue and the classes of a large image are found."""
+
+NO_MPP = "does not say the size of its pixels"
 
 NumpyArray = NDArray[Any]
 
@@ -37,16 +41,27 @@ def is_large(raster: Raster) -> bool:
 
 
 def open_native(item: Item, data: DataConfig) -> Raster:
-    """Open an image as it was stored, with the sizes that the manifest or the settings say.
+    """Open an image as it was stored, but volumes that know where they lie in canonical (RAS) axes.
+
+    A model that learned which side is left must see every volume the same way round; labels go back to the file's own
+    grid by ``Volume.to_native``.
 
     Args:
         item: the image; its ``mpp`` and ``spacing`` win over what the file says.
-        data: ``max_pixels``, ``broken`` and, for volumes, ``spacing``.
+        data: ``max_pixels``, ``broken`` and ``spacing``, which wins over what a volume says.
 
     Raises:
         FormatError: the file is unreadable.
     """
-    return open_raster(item.image, mpp=item.mpp, spacing=item.spacing, max_pixels=data.max_pixels, broken=data.broken)
+    if is_volume(item.image):
+        spacing = item.spacing or data.spacing
+        return open_volume(item.image, spacing=spacing, max_pixels=data.max_pixels, canonical=True)
+    raster = open_raster(item.image, mpp=item.mpp, spacing=item.spacing, max_pixels=data.max_pixels, broken=data.broken)
+    if is_large(raster) and len(raster.levels) == 1 and len(raster.shape) == 2:
+        from foveate.io.pyramid_cache import with_levels
+
+        return with_levels(raster)
+    return raster
 
 
 def open_item(item: Item, data: DataConfig, native: Raster | None = None) -> Raster:
@@ -68,7 +83,7 @@ def open_item(item: Item, data: DataConfig, native: Raster | None = None) -> Ras
         return raster
     if raster.spacing is None or len(raster.shape) != 2:
         raise FormatError(
-            f"{item.image} does not say the size of its pixels, but data.mpp={data.mpp:g}: give it in a column mpp of "
+            f"{item.image} {NO_MPP}, but data.mpp={data.mpp:g}: give it in a column mpp of "
             "the manifest, or set data.mpp to null"
         )
     from foveate.io.view import at_mpp
@@ -79,13 +94,13 @@ def open_item(item: Item, data: DataConfig, native: Raster | None = None) -> Ras
     return ArrayRaster(view.read(whole_box(view.shape)), view.spacing)
 
 
-def whole_box(shape: tuple[int, ...]) -> Box:
+def whole_box(shape: Sequence[int]) -> Box:
     """The box of a whole image."""
     return (0,) * len(shape), tuple(shape)
 
 
-def volume_spacing(item: Item, data: DataConfig, raster: Raster) -> tuple[float, ...] | None:
-    """Size of a pixel in mm, for distances and for the trees of volumes.
+def spacing_of(item: Item, data: DataConfig, raster: Raster) -> tuple[float, ...] | None:
+    """Size of a pixel in mm along each axis of an open image, for distances and for the trees of volumes.
 
     The manifest wins over the settings, and these over the file, which is believed for volumes alone: what a picture
     says of itself is a print resolution more often than not.
@@ -93,32 +108,42 @@ def volume_spacing(item: Item, data: DataConfig, raster: Raster) -> tuple[float,
     Args:
         item: the image.
         data: the settings.
-        raster: the image, open.
+        raster: what `open_item` returned.
     """
+    if isinstance(raster, Volume):
+        return raster.spacing
     given = item.spacing or data.spacing
-    if given is not None and len(given) == len(raster.shape):
-        return given
-    return raster.spacing if len(raster.shape) == 3 else given
+    return raster.spacing if given is None and len(raster.shape) == 3 else given
 
 
-def glance(raster: Raster, limit: int = GLANCE) -> Shaped[NumpyArray, "C *B"]:
-    """A whole image at low resolution: its finest level of at most ``limit`` pixels, or its coarsest made smaller.
+def glance(raster: Source, limit: int = GLANCE, *, nearest: bool = False) -> Shaped[NumpyArray, "C *B"]:
+    """A whole image at low resolution: its finest level of at most ``limit`` pixels, or a coarser view of the last.
 
     Args:
-        raster: the image.
+        raster: the image, or labels.
         limit: most pixels of the result.
+        nearest: take single pixels where no level is small enough, as labels need it, and not the mean.
 
     Returns:
         ``[C, *B]`` in the image's own type, aligned with it: pixel i covers the share i / B of a side.
+
+    Cost: the pixels of that level in bands of about 2^24; ``limit`` of them are held.
     """
     fits = [level for level, shape in enumerate(raster.levels) if math.prod(shape) <= limit]
-    level = fits[0] if fits else len(raster.levels) - 1
-    image = raster.read(whole_box(raster.shape), level)
-    over = math.prod(image.shape[1:]) / limit
-    if over <= 1:
-        return image
-    shape = limited_shape(image.shape[1:], int(max(image.shape[1:]) / over ** (1 / len(raster.shape))))
-    return shrink_image(image, shape)
+    if fits:
+        return raster.read(whole_box(raster.shape), fits[0])
+    last = len(raster.levels) - 1
+    full, side = raster.shape, raster.levels[last]
+    shape = limited_shape(side, int(max(side) * (limit / math.prod(side)) ** (1 / len(side))))
+    rows = max(1, 2**24 * shape[0] // math.prod(side))
+    bands = []
+    for first in range(0, shape[0], rows):
+        count = min(rows, shape[0] - first)
+        start = (first * full[0] // shape[0], *(0,) * (len(full) - 1))
+        part = raster.read((start, ((first + count) * full[0] // shape[0], *full[1:])), last)
+        small = (count, *shape[1:])
+        bands.append(shrink_labels(part[0], small)[None] if nearest else shrink_image(part, small))
+    return np.concatenate(bands, axis=1)
 
 
 def slide_patches(raster: Raster, config: FitConfig, patch_size: int) -> Patches:
