@@ -2,11 +2,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from make_files import texture
+from make_slides import picture, write_plain
 
-from foveate.errors import FormatError, ShapeError
+from foveate.errors import ConfigError, FormatError, ShapeError
 from foveate.geometry.source import exact_downsample
-from foveate.io.raster import ArrayRaster, Raster, open_raster
+from foveate.io.guard import DEFAULT_MAX_PIXELS
+from foveate.io.raster import ArrayRaster, Raster, describe, open_raster
 from foveate.io.write import write_image
 
 
@@ -75,3 +78,67 @@ def test_rejects_levels_that_do_not_fall() -> None:
 )
 def test_exact_downsample(full: int, level: int, expected: float) -> None:
     assert exact_downsample(full, level) == expected
+
+
+def test_describes_what_it_holds(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", texture(3, 9, 11))
+    assert describe(open_raster(tmp_path / "a.png", mpp=0.5)) == [
+        "reader: image, because it is PNG",
+        "samples: 3 channels of uint8",
+        "level 0: 9 x 11 pixels, downsample 1, tiles of 9 x 11",
+        "mpp: 0.5 um per pixel (given as an argument)",
+    ]
+    volume = ArrayRaster(texture(1, 4, 5, 6), (3.0, 1.0, 1.0))
+    assert describe(volume)[-1] == "spacing: 3 x 1 x 1 mm (given as an argument)"
+
+
+def test_the_name_of_a_file_means_nothing(tmp_path: Path) -> None:
+    write_image(tmp_path / "b.png", texture(3, 9, 11))
+    (tmp_path / "b.png").rename(tmp_path / "a.svs")
+    assert open_raster(tmp_path / "a.svs").shape == (9, 11)
+    write_plain(tmp_path / "a.png", picture(100, 90))
+    assert len(open_raster(tmp_path / "a.png").levels) == 3
+    tifffile.imwrite(tmp_path / "stack.ome.tif", texture(4, 20, 30), metadata={"axes": "ZYX"})
+    assert open_raster(tmp_path / "stack.ome.tif").shape == (4, 20, 30)
+
+
+def test_what_is_no_raster(tmp_path: Path) -> None:
+    (tmp_path / "a.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    with pytest.raises(FormatError, match="is no image that we read"):
+        open_raster(tmp_path / "a.geojson")
+    with pytest.raises(FormatError, match=r"cannot be read \(No such file or directory\); check the path"):
+        open_raster(tmp_path / "missing.svs")
+    (tmp_path / "empty.svs").touch()
+    with pytest.raises(FormatError, match="is empty"):
+        open_raster(tmp_path / "empty.svs")
+
+
+def test_volumes_and_zarr_go_to_their_readers(tmp_path: Path, monkeypatch) -> None:
+    seen = []
+
+    def opener(path: Path, **options: object) -> Raster:
+        seen.append((path.name, options))
+        return ArrayRaster(texture(1, 2, 2, 2))
+
+    monkeypatch.setattr("foveate.io.volume.open_volume", opener)
+    monkeypatch.setattr("foveate.io.ngff.open_zarr", opener)
+    for name, head in {
+        "a": b"\x5c\x01\0\0",
+        "b": b"\0\0\x02\x1c",
+        "c": b"\x1f\x8b\x08",
+        "d": bytes(128) + b"DICM",
+    }.items():
+        (tmp_path / name).write_bytes(head + bytes(400))
+        open_raster(tmp_path / name, max_pixels=7)
+    for folder, inside in {"e": "IM001", "f": "zarr.json", "g": ".zattrs"}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / inside).touch()
+        open_raster(tmp_path / folder, mpp=1 if folder > "e" else None)
+    volume = {"spacing": None, "max_pixels": DEFAULT_MAX_PIXELS}
+    (tmp_path / "h").write_bytes(b"PK\x03\x04" + bytes(400))
+    open_raster(tmp_path / "h")
+    assert seen.pop() == ("h", {"spacing": None})
+    assert seen[:4] == [(name, {**volume, "max_pixels": 7}) for name in "abcd"]
+    assert seen[4:] == [("e", volume), ("f", {"spacing": (1e-3, 1e-3)}), ("g", {"spacing": (1e-3, 1e-3)})]
+    with pytest.raises(ConfigError, match=r"mpp=0\.5 for a volume; give spacing in mm along each axis"):
+        open_raster(tmp_path / "a", mpp=0.5)

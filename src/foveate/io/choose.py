@@ -13,6 +13,7 @@ from foveate.io.tiled import check_broken
 
 _READ_AT_ONCE = 2**26  # pixels of a TIFF without levels that is read as an ordinary image
 _ZARR = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
+_ZIP = b"PK\x03\x04"  # of zarr
 _NIFTI = (348, 540)  # what a NIfTI header says of its own size, in either byte order
 _OVERLAPS = "it is a {vendor} slide, whose levels tifffile does not put together"
 
@@ -31,7 +32,7 @@ def open_by_content(
     check_broken(broken)
     given = choose((), mpp=mpp, spacing=spacing).spacing
     head = b"" if path.is_dir() else _head(path)
-    if path.is_dir() and any((path / name).exists() for name in _ZARR):
+    if head[:4] == _ZIP or (path.is_dir() and any((path / name).exists() for name in _ZARR)):
         from foveate.io.ngff import open_zarr
 
         return open_zarr(path, spacing=given)

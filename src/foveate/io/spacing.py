@@ -70,7 +70,7 @@ RESOLUTION = "TIFF resolution"
 
 def aperio_claims(description: str) -> list[Claim]:
     """``MPP = 0.499`` in the description of an Aperio slide."""
-    found = re.search(r"\bMPP\s*=\s*([-+.\deE]+)", description)
+    found = re.search(r"\bMPP\s*=\s*([^|\s]+)", description)
     return [("vendor (Aperio)", _number(found[1]), _number(found[1]))] if found else []
 
 

@@ -33,6 +33,19 @@ _BAND = 2**20  # bytes of uncompressed rows read at once
 
 
 @dataclass(frozen=True)
+class _Frame:
+    """What all pages of a level share, taken while the file was open; tifffile reads most tags late."""
+
+    photometric: int
+    extrasamples: tuple[int, ...]
+    colormap: Any
+    compression: int
+    is_tiled: bool
+    dtype: np.dtype[Any]
+    decode: Any
+
+
+@dataclass(frozen=True)
 class _Level:
     """One level: a table of places in the file, and what decodes what lies there."""
 
@@ -40,7 +53,8 @@ class _Level:
     tile: tuple[int, int]
     places: NDArray[np.int64]  # [planes, rows, columns, 2]: start and number of bytes
     indices: NDArray[np.int64]  # [planes, rows, columns]: number of the tile, as the decoder counts
-    pages: tuple[Any, ...]  # of each plane
+    tables: tuple[bytes | None, ...]  # of each plane: what its JPEGs share
+    frame: _Frame
     bands: bool  # rows of uncompressed strips, cut where we like
 
 
@@ -55,6 +69,7 @@ class TiffLayout:
     background: float
     claims: tuple[Claim, ...]
     notes: tuple[str, ...]
+    end: int  # of the blocks of what is no level
     has_foreign_colours: bool  # JPEG 2000 of Aperio as YCbCr, which no codec here turns into RGB
 
 
@@ -104,6 +119,8 @@ class TiffRaster(TiledRaster):
         self._want: Want = want
         self._layout: TiffLayout | None = layout
         if broken == "raise":
+            if layout.end > stamp[1]:
+                raise undecodable(path, "tiff", EOFError("its label or overview lies past the end of the file"))
             for number, level in enumerate(layout.levels):
                 lost = int((level.places.sum(axis=-1) > stamp[1]).sum())
                 if lost:
@@ -125,52 +142,48 @@ class TiffRaster(TiledRaster):
         path, stamp = self.path, self._facts.stamp
         file = handle((str(path), stamp, "bytes"), lambda: DiskFile(path, stamp))
         table = self._levels()[level]
-        planes = [
-            _plane(file, page, tuple(place[row, column].tolist()), int(index[row, column]), table, row)
-            for page, place, index in zip(table.pages, table.places, table.indices, strict=True)
-        ]
+        planes = [_plane(file, table, plane, row, column) for plane in range(len(table.places))]
         if all(plane is None for plane in planes):
             return None
         height, width = next(plane.shape[:2] for plane in planes if plane is not None)
         empty = np.full((height, width, self.channels // len(planes)), self._facts.background, self.dtype)
         tile = np.concatenate([empty if plane is None else plane for plane in planes], axis=2)
-        tile = _as_shown(self.path, tile, table.pages[0], self._want, self.channels)
+        tile = _as_shown(self.path, tile, table.frame, self._want, self.channels)
         if tile.dtype.kind == "f" and not np.isfinite(tile).all():
             raise ValueError("it holds values that are NaN or infinite")
         return tile if tile.dtype.isnative else tile.astype(tile.dtype.newbyteorder("="))
 
 
-def _plane(file: DiskFile, page: Any, place: tuple[int, ...], index: int, table: _Level, row: int) -> Array | None:
+def _plane(file: DiskFile, table: _Level, plane: int, row: int, column: int) -> Array | None:
     """Decodes one tile of one plane to ``[T, T, samples]``; None where nothing is stored."""
-    start, count = place
+    start, count = table.places[plane, row, column].tolist()
     if count == 0 or start == 0:
         return None
     data = file.read(start, count)
     if len(data) < count:
         raise EOFError(f"it ends at byte {start + len(data)}, {count - len(data)} bytes early")
-    frame = page.keyframe
+    frame = table.frame
     if table.bands:
         height = min(table.tile[0], table.shape[0] - row * table.tile[0])
-        return np.frombuffer(data, frame.parent.byteorder + frame.dtype.char).reshape(height, table.shape[1], -1)
-    options = {"_fullsize": frame.is_tiled}
+        return np.frombuffer(data, frame.dtype).reshape(height, table.shape[1], -1)
+    options: dict[str, Any] = {"_fullsize": frame.is_tiled}
     if frame.compression in _JPEG:
         if b"\xff\xd9" not in data[-64:]:
             raise EOFError("its JPEG has no end")
-        options["jpegtables"] = page.jpegtables
-    pixels, _, _ = frame.decode(data, index, **options)
+        options["jpegtables"] = table.tables[plane]
+    pixels, _, _ = frame.decode(data, int(table.indices[plane, row, column]), **options)
     return np.asarray(pixels[0])
 
 
-def _as_shown(path: Path, tile: Array, page: Any, want: Want, channels: int) -> Array:
+def _as_shown(path: Path, tile: Array, frame: _Frame, want: Want, channels: int) -> Array:
     """Stored numbers ``[T, T, samples]`` as what they stand for, ``[T, T, C]``."""
-    frame = page.keyframe
     if tile.dtype.kind == "b":
         tile = tile.view(np.uint8)
         tile = (tile != 0).astype(np.uint8) * np.uint8(255 if want == "shown" else 1)
-        if int(frame.photometric) == _WHITE_IS_ZERO and want == "shown":
+        if frame.photometric == _WHITE_IS_ZERO and want == "shown":
             tile = np.uint8(255) - tile
         return tile
-    if int(frame.photometric) in _PLAIN_COLOURS and tile.shape[2] == channels:
+    if frame.photometric in _PLAIN_COLOURS and tile.shape[2] == channels:
         return tile
     squeeze = tile.shape[2] == 1
     planes, _ = shown(path, tile[..., 0] if squeeze else tile, "HW" if squeeze else "HWC", frame, want)
@@ -237,6 +250,7 @@ def _layout_of(path: Path, file: Any, want: Want) -> TiffLayout:
         float(first.nodata) if _NODATA in first.tags else 255.0 if white else 0.0,
         tuple(_claims(file, series, number)),
         tuple(notes),
+        max((end for one in all_series if one is not series for end in _ends(one)), default=0),
         int(first.compression) == _APERIO_YCBCR,
     )
 
@@ -250,6 +264,12 @@ def _claims(file: Any, series: Any, number: int) -> list[Claim]:
         claims += ome_claims(file.ome_metadata or "", number)
     unit = str((file.imagej_metadata or {}).get("unit", "")) if file.is_imagej else ""
     return claims + tag_claims(page, unit)
+
+
+def _ends(series: Any) -> list[int]:
+    """Where the blocks of a label, a thumbnail or another small image end in the file."""
+    pages = [page for page in series.pages if page is not None]
+    return [sum(block) for page in pages for block in zip(page.dataoffsets, page.databytecounts, strict=False)]
 
 
 def _levels_of(path: Path, candidates: list[list[Any]]) -> tuple[tuple[_Level, ...], list[str]]:
@@ -291,7 +311,6 @@ def _level(path: Path, pages: list[Any]) -> _Level:
     tile = (frame.tilelength, frame.tilewidth) if frame.is_tiled else (min(frame.rowsperstrip, height), width)
     if min(tile) < 1:
         raise bad_file(path, f"declares tiles of {tile[0]} x {tile[1]} pixels; export the file again")
-    frame.decode  # noqa: B018  made while the file is open, used when it is not
     rows, columns = -(-height // tile[0]), -(-width // tile[1])
     numbers = np.arange(separate * rows * columns).reshape(separate, rows, columns)
     tables = []
@@ -305,7 +324,8 @@ def _level(path: Path, pages: list[Any]) -> _Level:
         (int(tile[0]), int(tile[1])),
         np.concatenate(tables),
         np.concatenate([numbers] * len(pages)),
-        tuple(page for page in pages for _ in range(separate)),
+        tuple(page.jpegtables for page in pages for _ in range(separate)),
+        _frame(frame),
         False,
     )
     if not frame.is_tiled and frame.compression == 1:
@@ -317,6 +337,18 @@ def _level(path: Path, pages: list[Any]) -> _Level:
             f"save it again in tiles of 256 x 256 or 512 x 512",
         )
     return level
+
+
+def _frame(page: Any) -> _Frame:
+    return _Frame(
+        int(page.photometric),
+        tuple(int(one) for one in page.extrasamples or ()),
+        page.colormap,
+        int(page.compression),
+        bool(page.is_tiled),
+        page.dtype.newbyteorder(page.parent.byteorder),
+        page.decode,
+    )
 
 
 def _in_bands(level: _Level, row_bytes: int, frame: Any) -> _Level:
