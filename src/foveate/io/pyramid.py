@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
+from uuid import NAMESPACE_OID, uuid5
 
 import numpy as np
 from jaxtyping import Shaped
@@ -16,7 +17,7 @@ from foveate.geometry.image import Real
 from foveate.geometry.source import Box
 from foveate.io.pyramid_spool import Pending, Spool
 from foveate.io.pyramid_tiles import Layout, Reduce, Tile, compose, encode, join, shrink
-from foveate.io.write import atomic_write
+from foveate.io.write import _refuse_existing, atomic_write
 
 Array = NDArray[Any]
 Tiles = Callable[[Box], Shaped[Array, "C h w"] | int]
@@ -45,6 +46,7 @@ def write_pyramid(
     description: str | None = None,
     overwrite: bool = False,
     spool: str | Path | None = None,
+    key: str = "",
     num_workers: int = 1,
 ) -> Path:
     """Writes a pyramid whose level 0 is asked for tile by tile; no level is ever held.
@@ -71,6 +73,7 @@ def write_pyramid(
         overwrite: True replaces an existing file.
         spool: a folder for the finished rows of tiles. If the run is killed, the same call with the same folder asks
             only for the rows that are missing, and writes the same file. It is removed in the end.
+        key: what the tiles come from, such as a model and a slide; a spool of another key is refused.
         num_workers: threads that call ``tiles`` and encode; more than one call it in any order within a row.
 
     Returns:
@@ -86,14 +89,15 @@ def write_pyramid(
     path = Path(path)
     colours = rgb if rgb is not None else channels == 3 and reduce == "mean" and np.dtype(dtype).kind == "u"
     layout = _layout(shape, np.dtype(dtype), channels, tile, ratio, levels, reduce, colours, compression, quality)
+    _refuse_existing(path, overwrite)
     with ExitStack() as stack:
-        file = stack.enter_context(atomic_write(path, overwrite=overwrite))
-        store = Spool(Path(spool) if spool else None, path.parent, repr(layout), layout.levels)
+        store = Spool(path, Path(spool) if spool else None, layout, key)
         stack.callback(store.close)
         pool = stack.enter_context(ThreadPoolExecutor(num_workers)) if num_workers > 1 else None
         _Stream(layout, store, pool.map if pool else map).run(tiles)
-        _assemble(file, store, layout, kind, spacing, names, description)
-    store.remove()
+        with atomic_write(path, overwrite=overwrite) as file:
+            _assemble(file, store, layout, kind, spacing, names, description)
+        store.remove()
     return path
 
 
@@ -182,6 +186,8 @@ def _ask(tiles: Tiles, layout: Layout, row: int, column: int) -> Tile:
     box = layout.box(0, row, column)
     tile = tiles(box)
     if isinstance(tile, int | np.integer):
+        if layout.dtype.kind in "ui" and not np.iinfo(layout.dtype).min <= tile <= np.iinfo(layout.dtype).max:
+            raise ShapeError(f"tile {box} is {tile}, which {layout.dtype} cannot hold; give another dtype")
         return int(tile)
     wanted = (layout.channels, *(high - low for low, high in zip(*box, strict=True)))
     if tile.shape != wanted or tile.dtype != layout.dtype:
@@ -205,7 +211,7 @@ def _assemble(
     planes = 1 if layout.interleaved else layout.channels
     separate = "separate" if planes > 1 and kind == "tiff" else None
     jpeg = layout.compression == "jpeg"
-    metadata = _ome(layout, spacing, names) if kind == "ome" else None
+    metadata = _ome(layout, spacing, names, spool.digest()) if kind == "ome" else None
     with tifffile.TiffWriter(file, bigtiff=spool.size() > 2**32 - 2**27, byteorder="<", ome=kind == "ome") as tiff:
         for level in range(layout.levels):
             shape: tuple[int, ...] = layout.side(level)
@@ -219,7 +225,7 @@ def _assemble(
                 planarconfig=separate,
                 compression=layout.compression,
                 subsampling=(2, 2) if jpeg and layout.interleaved else None,
-                subifds=layout.levels - 1 if kind == "ome" and level == 0 else None,
+                subifds=layout.levels - 1 if kind == "ome" and level == 0 and layout.levels > 1 else None,
                 subfiletype=int(level > 0),
                 resolution=_per_cm(spacing, layout.ratio**level),
                 resolutionunit="CENTIMETER" if spacing else None,
@@ -233,9 +239,10 @@ def _per_cm(spacing: Sequence[Real] | None, downsample: int) -> tuple[float, flo
     return None if spacing is None else (10 / (spacing[1] * downsample), 10 / (spacing[0] * downsample))
 
 
-def _ome(layout: Layout, spacing: Sequence[Real] | None, names: Sequence[str]) -> dict[str, Any]:
+def _ome(layout: Layout, spacing: Sequence[Real] | None, names: Sequence[str], digest: str) -> dict[str, Any]:
+    """What OME-XML says of the image; its UUID follows from the tiles, so that equal tiles give equal files."""
     axes = "YXS" if layout.interleaved else "CYX" if layout.channels > 1 else "YX"
-    metadata: dict[str, Any] = {"axes": axes}
+    metadata: dict[str, Any] = {"axes": axes, "UUID": str(uuid5(NAMESPACE_OID, digest))}
     for axis, size in zip("YX", spacing or (), strict=False):
         metadata |= {f"PhysicalSize{axis}": size * 1000, f"PhysicalSize{axis}Unit": "µm"}
     return metadata | ({"Channel": {"Name": list(names)}} if names else {})
