@@ -240,7 +240,7 @@ def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("foveate.io.image.read_image", stop)
+    monkeypatch.setattr("foveate.io.raster.open_raster", stop)
     assert main(["inspect", str(png)]) == 130
     err = capsys.readouterr().err
     assert err.startswith("foveate: interrupted")

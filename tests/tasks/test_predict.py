@@ -11,8 +11,11 @@ from foveate.errors import ConfigError, FormatError
 from foveate.geometry.leaves import uniform_leaves
 from foveate.geometry.paint import unpatchify
 from foveate.tasks.data import SegmentationData
+from foveate.tasks.inputs import find_inputs
 from foveate.tasks.items import Item
-from foveate.tasks.predict import find_inputs, load_model, paint, predict, segment
+from foveate.tasks.metrics import tiles
+from foveate.tasks.painting import Painting
+from foveate.tasks.predict import load_model, predict, segment
 from foveate.tasks.segmentation import fit
 
 
@@ -85,19 +88,17 @@ def test_nothing_is_overwritten_by_accident(run: Path, tmp_path: Path) -> None:
 def test_inputs_are_files_folders_globs_and_manifests(tmp_path: Path) -> None:
     write_discs(tmp_path, 3)
     (tmp_path / "list.csv").write_text("image\nimages/02.png\nimages/00.png\n")
-    names = [path.name for path in find_inputs([tmp_path / "images"])]
+    names = [item.image.name for item in find_inputs([tmp_path / "images"])]
     assert names == ["00.png", "01.png", "02.png"]
     assert len(find_inputs([tmp_path / "images" / "0[12].png"])) == 2
-    assert [path.name for path in find_inputs([tmp_path / "list.csv"])] == ["00.png", "02.png"]
+    assert [item.image.name for item in find_inputs([tmp_path / "list.csv"])] == ["00.png", "02.png"]
     assert len(find_inputs([tmp_path / "images", tmp_path / "images" / "00.png"])) == 3
     with pytest.raises(ConfigError, match="names no image"):
         find_inputs([tmp_path / "nothing*"])
 
 
 @pytest.mark.parametrize("shape", [(150, 97), (40, 31, 22)])
-def test_tiles_of_a_shrunk_image_join_to_torchs_interpolation(
-    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiles_of_a_shrunk_image_join_to_torchs_interpolation(shape: tuple[int, ...]) -> None:
     small = tuple(side // 2 + 3 for side in shape)
     leaves = uniform_leaves(small, 8)
     generator = torch.Generator().manual_seed(0)
@@ -105,14 +106,14 @@ def test_tiles_of_a_shrunk_image_join_to_torchs_interpolation(
     whole = unpatchify(values, leaves, mode="smooth")
     mode = "bilinear" if len(shape) == 2 else "trilinear"
     expected = torch.nn.functional.interpolate(whole[None], size=shape, mode=mode)[0]
-    from foveate.tasks import predict as module
-
-    monkeypatch.setattr(module, "tiles", lambda shape: real(shape, 16))
-    real = __import__("foveate.tasks.metrics", fromlist=["tiles"]).tiles
-    chance = np.zeros((3, *shape), np.float32)
-    labels = paint(values, leaves, shape, chance)
+    painting = Painting(values, leaves, shape)
+    chance, labels = np.zeros((3, *shape), np.float32), np.zeros(shape, np.uint8)
+    for box in tiles(shape, 16):
+        area = tuple(slice(*ends) for ends in zip(*box, strict=True))
+        chance[(slice(None), *area)], labels[area] = painting.probability(box), painting.tile(box)
     assert np.allclose(chance, expected.softmax(0).numpy(), atol=1e-5)
-    assert (labels == expected.argmax(0)).float().mean() > 0.999
+    assert (labels == expected.argmax(0).numpy()).mean() > 0.999
+    assert (labels == painting.labels.numpy()).all()
 
 
 def test_max_side_is_undone(tmp_path: Path) -> None:

@@ -1,29 +1,33 @@
-"""``foveate inspect IMAGE``: where the leaves go; ``foveate inspect --data CONFIG.yaml``: is the data sound."""
+"""``foveate inspect IMAGE``: what it is, where its leaves go; ``inspect --data CONFIG.yaml``: is the data sound."""
 
 import argparse
 import math
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.cli.parser import VerbParser, count, say
+from foveate.cli.parser import VerbParser, count, number, say
 from foveate.errors import ConfigError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from foveate.geometry.lazy import Reading
     from foveate.geometry.leaves import Leaves
+    from foveate.io.raster import Raster
 
 
 def run(words: list[str]) -> int:
-    """Describe one image and its leaves, or check a data set."""
+    """Describe one image, slide or volume and its leaves, or check a data set."""
     parser = VerbParser("inspect", "Show an image's leaves and what they lose, or check a data set.")
-    parser.add_argument("image", metavar="IMAGE", type=Path, nargs="?", help="an image file")
+    parser.add_argument("image", metavar="IMAGE", type=Path, nargs="?", help="an image, slide or volume")
     parser.add_argument("--data", metavar="CONFIG.yaml", type=Path, help="check the data set of this file instead")
     parser.add_argument("--max-leaves", metavar="N", type=count, default=1024, help="leaves at most (default: 1024)")
     parser.add_argument("--min-size", metavar="N", type=count, default=8, help="smallest leaf in pixels (default: 8)")
     parser.add_argument("--patch-size", metavar="P", type=count, help="samples per leaf side (default: --min-size)")
     parser.add_argument("--detail", default="residual", help="what drives the splitting (default: residual)")
+    parser.add_argument("--mpp", metavar="X", type=number, help="size of a pixel in um, instead of what the file says")
     parser.add_argument("--out", metavar="PICTURE.png", type=Path, help="write the image with leaf outlines")
     parser.add_argument("--max-pixels", metavar="N", type=count, help="refuse images with more pixels than this")
     args, overrides = parser.parse_with_overrides(words)
@@ -46,35 +50,80 @@ def _inspect_data(path: Path, overrides: list[str]) -> int:
 
 
 def _inspect_image(args: argparse.Namespace) -> int:
-    from foveate.geometry.tree import adaptive_leaves
-    from foveate.io.image import read_image
-    from foveate.tasks import figures
+    from foveate.io.raster import ArrayRaster, describe, open_raster
+    from foveate.tasks.source import is_large
 
-    image = read_image(args.image, **({} if args.max_pixels is None else {"max_pixels": args.max_pixels}))
-    leaves = adaptive_leaves(
-        image, args.max_leaves, min_size=args.min_size, patch_size=args.patch_size, detail=args.detail
-    )
-    say(f"{args.image}: {image.shape[0]} x {' x '.join(map(str, image.shape[1:]))} {image.dtype}")
-    for line in _describe(image, leaves, args.patch_size or args.min_size):
+    most = {} if args.max_pixels is None else {"max_pixels": args.max_pixels}
+    raster = open_raster(args.image, mpp=args.mpp, **most)
+    say(f"{args.image}: {raster.channels} x {' x '.join(map(str, raster.shape))} {raster.dtype}")
+    if type(raster) is not ArrayRaster or args.mpp is not None:
+        for line in describe(raster):
+            say(line)
+    leaves, lines = (_cut_lazily if is_large(raster) else _cut)(raster, args)
+    for line in lines:
         say(line)
     if args.out is not None:
-        figures.save_picture(args.out, figures.leaf_overlay(image, leaves))
+        from foveate.tasks import figures
+        from foveate.tasks.views import overview
+
+        figures.save_picture(args.out, figures.outlined(figures.to_rgb(overview(raster)), leaves))
         say(f"picture: {args.out}")
     return 0
 
 
-def _describe(image: "NDArray[Any]", leaves: "Leaves", patch_size: int) -> Iterator[str]:
-    """Leaves by scale, and what they lose beside the finest uniform grid of no more tokens."""
-    from foveate.geometry.leaves import uniform_leaves
+def _cut(raster: "Raster", args: argparse.Namespace) -> "tuple[Leaves, Iterator[str]]":
+    """Leaves of an image that is read whole, and what they lose."""
+    from foveate.geometry.tree import adaptive_leaves
 
+    image = raster.read(((0,) * len(raster.shape), raster.shape))
+    leaves = adaptive_leaves(
+        image,
+        args.max_leaves,
+        min_size=args.min_size,
+        patch_size=args.patch_size,
+        detail=args.detail,
+        spacing=raster.spacing if len(raster.shape) == 3 else None,
+    )
+    return leaves, chain(_scales(leaves), _losses(image, leaves, args.patch_size or args.min_size))
+
+
+def _cut_lazily(raster: "Raster", args: argparse.Namespace) -> "tuple[Leaves, Iterator[str]]":
+    """Leaves of an image that is read by box, and how much of it was decoded for them."""
+    from foveate.geometry.lazy import lazy_patches
+
+    patches, reading = lazy_patches(
+        raster,
+        args.max_leaves,
+        patch_size=args.patch_size or args.min_size,
+        min_size=args.min_size,
+        detail=args.detail,
+        spacing=raster.spacing if len(raster.shape) == 3 else None,
+    )
+    return patches.leaves[0], chain(_scales(patches.leaves[0]), _decoded(reading))
+
+
+def _decoded(reading: "Reading") -> Iterator[str]:
+    """How much of every level was decoded."""
+    for level, (shape, pixels, tiles) in enumerate(zip(reading.levels, reading.pixels, reading.tiles, strict=True)):
+        yield f"decoded of level {level}: {100 * pixels / math.prod(shape):.2f} % of its pixels, {tiles:,} tiles"
+
+
+def _scales(leaves: "Leaves") -> Iterator[str]:
+    """Leaves by scale."""
     counts = leaves.scale.bincount(minlength=len(leaves.sizes)).tolist()
     total = sum(leaves.area.tolist())
     yield f"{len(leaves):,} leaves"
-    for scale, number in enumerate(counts):
-        if number:
+    for scale, held in enumerate(counts):
+        if held:
             share = float(leaves.area[leaves.scale == scale].sum()) / total
             extent = " x ".join(str(length) for length in leaves.sizes[scale])
-            yield f"  {extent:>13} pixels  {number:>9,} leaves  {100 * share:5.1f} % of the image"
+            yield f"  {extent:>13} pixels  {held:>9,} leaves  {100 * share:5.1f} % of the image"
+
+
+def _losses(image: "NDArray[Any]", leaves: "Leaves", patch_size: int) -> Iterator[str]:
+    """What the leaves lose beside the finest uniform grid of no more tokens."""
+    from foveate.geometry.leaves import uniform_leaves
+
     side = min(leaves.min_size)
     while _grid(leaves.shape, side) > len(leaves):
         side += 1

@@ -1,20 +1,34 @@
-"""``foveate predict RUN_OR_MODEL INPUT... --out DIR``: write masks."""
+"""``foveate predict RUN_OR_MODEL INPUT... --out DIR``: write masks of images, slides and volumes."""
 
 from pathlib import Path
 
-from foveate.cli.parser import VerbParser, count, say
+from foveate.cli.parser import VerbParser, count, number, say
+
+_FORMATS = (
+    "formats of the mask, with commas: png, tif (of a slide a plain pyramid), ome.tif, geojson, geojson.gz, nii.gz, "
+    "zarr (default: png; slides ome.tif,geojson.gz; NIfTI and DICOM nii.gz; planes tif; zarr volumes zarr)"
+)
 
 
 def run(words: list[str]) -> int:
-    """Write a mask, and on request the probabilities, for every input image."""
-    parser = VerbParser("predict", "Write one mask per input image, at the image's own resolution.")
+    """Write a mask, and on request probabilities and pictures, for every input."""
+    parser = VerbParser("predict", "Write one mask per image, slide or volume, at its own resolution.")
     parser.add_argument("model", metavar="RUN_OR_MODEL", type=Path, help="a run folder or a saved model")
-    parser.add_argument("inputs", metavar="INPUT", type=Path, nargs="+", help="images or folders of images")
+    parser.add_argument("inputs", metavar="INPUT", type=Path, nargs="+", help="files, folders, globs or manifests")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the masks go")
-    parser.add_argument("--probability", action="store_true", help="also write the probabilities, as TIFF")
+    parser.add_argument("--format", metavar="LIST", help=_FORMATS)
+    parser.add_argument("--mpp", metavar="X", type=number, help="size of a pixel in um, instead of what the file says")
     parser.add_argument("--overlay", action="store_true", help="also write a picture of the mask and the leaves")
+    parser.add_argument("--heatmap", action="store_true", help="also write a picture of the probabilities")
+    parser.add_argument("--probability", action="store_true", help="also write the probabilities, as TIFF")
+    parser.add_argument(
+        "--broken",
+        choices=("raise", "fill", "skip"),
+        help="a tile that cannot be decoded: fail, read background, or 255 in the mask (default: as in training)",
+    )
+    parser.add_argument("--resume", action="store_true", help="skip what is complete, go on with what was interrupted")
     parser.add_argument("--overwrite", action="store_true", help="replace masks that are there already")
-    parser.add_argument("--max-pixels", metavar="N", type=count, help="refuse images with more pixels than this")
+    parser.add_argument("--max-pixels", metavar="N", type=count, help="refuse larger images where they are read whole")
     args = parser.parse(words)
 
     from foveate.tasks.predict import predict
@@ -23,9 +37,14 @@ def run(words: list[str]) -> int:
         args.model,
         args.inputs,
         args.out,
+        format=args.format,
+        mpp=args.mpp,
+        broken=args.broken,
         probability=args.probability,
         overlay=args.overlay,
+        heatmap=args.heatmap,
         overwrite=args.overwrite,
+        resume=args.resume,
         max_pixels=args.max_pixels,
     )
     for path in written:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer, Shaped, UInt8
+from jaxtyping import Float, Integer, Shaped, UInt8
 from numpy.typing import NDArray
 
 from foveate.errors import ShapeError
@@ -122,7 +122,7 @@ def outlined(
         if left >= 0:
             lines[rows, left] = True
     lines[-1] = lines[:, -1] = True
-    return painted(resized(base, height, width), lines, YELLOW, 0.7)
+    return painted(resized(base, height, width), lines, YELLOW if base.mean() < 160 else BLUE, 0.7)
 
 
 def painted(picture: Picture, where: NDArray[np.bool_], colour: Colour, alpha: float = 1.0) -> Picture:
@@ -149,6 +149,19 @@ def label_overlay(picture: Picture, labels: Integer[np.ndarray, "H W"], *, alpha
         colour = CLASS_COLOURS[(value - 1) % len(CLASS_COLOURS)]
         out = painted(painted(out, region, colour, alpha), outline(region), colour)
     return painted(out, labels == IGNORE, (30, 30, 30), 0.8)
+
+
+HEAT_NOTE = "probability: dark purple 0.1, green 0.5, yellow 1; grey below 0.1"
+
+
+def heat_overlay(picture: Picture, chance: Float[np.ndarray, "H W"]) -> Picture:
+    """Colour a greyed picture by a probability: nothing where it is 0, dark purple over green to yellow at 1."""
+    from matplotlib import colormaps
+
+    colour = colormaps["viridis"](chance.clip(0, 1), bytes=True)[..., :3].astype(np.float32)
+    share = np.clip(chance * 8, 0, 0.8).astype(np.float32)[..., None]
+    mixed: Picture = (_greyed(picture) * (1 - share) + colour * share + 0.5).astype(np.uint8)
+    return mixed
 
 
 def contour_overlay(

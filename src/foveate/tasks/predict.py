@@ -3,37 +3,48 @@
 Legend: T tokens, L leaves, K classes (background first), P samples per side, C channels, S image sides.
 """
 
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from foveate.errors import ConfigError, FormatError, FoveateError
+from foveate.errors import FormatError, FoveateError
+from foveate.geometry.image import Real
 from foveate.geometry.leaves import Leaves
-from foveate.geometry.paint import unpatchify
 from foveate.geometry.patches import Patches, patchify
+from foveate.io.raster import Raster
 from foveate.tasks.config import FitConfig, load_config
 from foveate.tasks.cut import cut
-from foveate.tasks.data import SegmentationData
-from foveate.tasks.items import Item, find_items
-from foveate.tasks.metrics import tiles
+from foveate.tasks.export import write_outputs
+from foveate.tasks.inputs import find_inputs
+from foveate.tasks.items import Item, stem_of
+from foveate.tasks.outputs import (
+    HEATMAP,
+    OVERLAY,
+    PROBABILITY,
+    SLIDE,
+    check_targets,
+    fitting,
+    is_finished,
+    kind_of,
+    parse_formats,
+    refuse_existing,
+    targets,
+)
+from foveate.tasks.painting import Painting
+from foveate.tasks.part import Part, digest_of, part_folder
 from foveate.tasks.resize import limited_shape, shrink_image
 from foveate.tasks.run import find_model
+from foveate.tasks.source import is_large, open_item, open_native, slide_patches, spacing_of, whole_box
+from foveate.tasks.values import normalise, value_range, with_channels
 
 SETTINGS = "fit.yaml"  # the run's settings, stored with the model so that nothing has to be repeated
-_MODE = "smooth"
-_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy"}
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +70,7 @@ def prepare(image: Float[Tensor, "C *S"], config: FitConfig, patch_size: int) ->
     return patchify(small, leaves, patch_size)
 
 
-def segment(model: nn.Module, image: Float[Tensor, "C *S"], config: FitConfig, *, probability: Any = None) -> Segmented:
+def segment(model: nn.Module, image: Float[Tensor, "C *S"], config: FitConfig) -> Segmented:
     """Segment one normalised image at full resolution.
 
     Painting goes tile by tile, so that classes x pixels are never in memory; a pixel costs one byte.
@@ -68,65 +79,45 @@ def segment(model: nn.Module, image: Float[Tensor, "C *S"], config: FitConfig, *
         model: Maps `Patches` to logits ``[T, K, *P]``; used as it is, on its own device.
         image: Normalised as in training (see `SegmentationData.load`), at full resolution.
         config: Settings of the run.
-        probability: Array ``[K, *S]`` that receives the probabilities, such as a memory map; None for none.
 
     Cost: one pass over the pixels and the model over the tokens.
     """
     start = time.perf_counter()
-    config_of = getattr(model, "config", None)
-    assert config_of is not None
-    patches = prepare(image, config, config_of.patch_size)
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        logits = model(patches.to(device)).float().cpu()
-        if not bool(torch.isfinite(logits).all()):
-            raise FoveateError("the model's output holds NaN or Inf; train it again at a lower train.lr")
-        labels = paint(logits, patches.leaves[0], tuple(image.shape[1:]), probability)
+    patches = prepare(image, config, patch_size_of(model))
+    labels = paint(logits_of(model, patches), patches.leaves[0], tuple(image.shape[1:]))
     return Segmented(labels, patches.leaves[0], time.perf_counter() - start)
 
 
-def paint(
-    values: Float[Tensor, "L K *P"], leaves: Leaves, shape: Sequence[int], probability: Any = None
-) -> UInt8[Tensor, "*S"]:
+def patch_size_of(model: nn.Module) -> int:
+    """Samples per side of a token of a model, from its ``config``."""
+    config: Any = getattr(model, "config", None)
+    assert config is not None
+    return int(config.patch_size)
+
+
+def logits_of(model: nn.Module, patches: Patches) -> Float[Tensor, "T K *P"]:
+    """What the model says of the samples of every leaf, on the CPU.
+
+    Raises:
+        FoveateError: The output is not finite.
+    """
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        logits: Tensor = model(patches.to(device)).float().cpu()
+    if not bool(torch.isfinite(logits).all()):
+        raise FoveateError("the model's output holds NaN or Inf; train it again at a lower train.lr")
+    return logits
+
+
+def paint(values: Float[Tensor, "L K *P"], leaves: Leaves, shape: Sequence[int]) -> UInt8[Tensor, "*S"]:
     """The class with the largest value at every pixel of the full-size image, tile by tile.
 
     Args:
         values: Logits, or shares per class, of one image's leaves.
         leaves: Leaves of the image that was cut.
         shape: Spatial shape of the image before it was shrunk.
-        probability: Array ``[K, *S]`` that receives the softmax of the values.
     """
-    labels = torch.zeros(tuple(shape), dtype=torch.uint8)
-    for box in tiles(shape):
-        area = tuple(slice(first, last) for first, last in zip(*box, strict=True))
-        tile = _paint_tile(values, leaves, tuple(shape), box)
-        labels[area] = tile.argmax(0).to(torch.uint8)
-        if probability is not None:
-            probability[(slice(None), *area)] = tile.softmax(0).numpy()
-    return labels
-
-
-def _paint_tile(values: Tensor, leaves: Leaves, shape: tuple[int, ...], box: Box) -> Tensor:
-    if tuple(leaves.shape) == shape:
-        return unpatchify(values, leaves, mode=_MODE, box=box)
-    # linear interpolation about pixel centres, as torch's `interpolate` does it, but of this tile alone
-    low, high, share, start, stop = [], [], [], [], []
-    for small, full, first, last in zip(leaves.shape, shape, *box, strict=True):
-        at = ((torch.arange(first, last) + 0.5) * (small / full) - 0.5).clamp(0, small - 1)
-        below = at.floor().long()
-        above = (below + 1).clamp(max=small - 1)
-        start.append(int(below[0]))
-        stop.append(int(above[-1]) + 1)
-        low.append(below - start[-1])
-        high.append(above - start[-1])
-        share.append(at - below)
-    tile = unpatchify(values, leaves, mode=_MODE, box=(tuple(start), tuple(stop)))
-    for axis, (below, above, part) in enumerate(zip(low, high, share, strict=True), start=1):
-        view = [1] * tile.ndim
-        view[axis] = -1
-        weight = part.view(view).to(tile.dtype)
-        tile = tile.index_select(axis, below) * (1 - weight) + tile.index_select(axis, above) * weight
-    return tile
+    return Painting(values, leaves, shape).labels
 
 
 def load_model(path: str | Path) -> tuple[Any, FitConfig]:
@@ -157,172 +148,145 @@ def predict(
     inputs: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
+    format: str | None = None,  # noqa: A002 - the word people type
     probability: bool = False,
     overlay: bool = False,
+    heatmap: bool = False,
+    mpp: Real | None = None,
+    broken: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     max_pixels: int | None = None,
-    format: str = "png",  # noqa: A002 - the word people type
     warn: Callable[[str], Any] | None = None,
 ) -> list[Path]:
-    """Write a mask for every image; one that cannot be read is reported and the rest goes on.
+    """Write a mask for every image, slide or volume; one that cannot be read is reported and the rest goes on.
+
+    A slide is never held, and neither is its mask: leaves are painted tile by tile into files that grow in a hidden
+    folder beside the outputs and get their names when all of them are complete.
 
     Args:
         model: Run folder or checkpoint.
-        inputs: Image files, folders, globs, or CSV/JSONL manifests; also several of them.
-        out: Folder for the masks, made where needed: ``<name>.png`` and on request ``<name>_probability.tif``.
-        probability: Also write the probability of every class, float16 ``[K, *S]``.
+        inputs: Files, folders, globs, or CSV/JSONL manifests; also several of them.
+        out: Folder for the outputs ``<name>.<format>``, made where needed.
+        format: Formats with commas between them: ``png``, ``tif`` (of a slide a plain pyramid), ``ome.tif``,
+            ``geojson``, ``geojson.gz``, ``nii.gz``, ``zarr``. None: ``png`` for images, ``ome.tif,geojson.gz`` for
+            slides, ``tif`` for planes in a TIFF or NPY, ``nii.gz`` for NIfTI and DICOM, ``zarr`` for volumes in zarr.
+        probability: Also write the probability of every class, ``<name>_probability.tif``: float16 ``[K, *S]``, of a
+            slide a pyramid of bytes in which 255 is 1.
         overlay: Also write ``<name>_overlay.png``: the image (the middle plane of a volume), its mask and its leaves.
-        overwrite: Replace masks that are there already.
-        max_pixels: Refuse larger images; None: as in training.
-        format: ``png`` or ``tif``; volumes are always ``tif``.
+        heatmap: Also write ``<name>_heatmap.png``: the probability of every class but the background over the image.
+        mpp: Size of a pixel in um, instead of what the files or the manifest say.
+        broken: What a tile that cannot be decoded does: ``raise``, ``fill``, or ``skip`` (255 in the mask). None: as
+            in training.
+        overwrite: Replace outputs that are there already.
+        resume: Leave alone what is complete, and go on with what was interrupted.
+        max_pixels: Refuse larger images where they are read whole; None: as in training.
         warn: Called with one line per failed image; None writes it to standard error.
 
     Returns:
-        The files written.
+        The files written now.
 
     Raises:
         FormatError: At least one image failed; all others are written. Or there is no model.
         ConfigError: There is no input, two inputs have one name, or a mask exists already.
+
+    Cost: of a slide, time for the pixels that the leaves need, for the model, and for the borders that are painted;
+        memory for the logits of the leaves and a few rows of tiles.
     """
-    if format not in ("png", "tif"):
-        raise ConfigError(f"format={format!r} is neither 'png' nor 'tif'; choose one")
-    files = find_inputs([inputs] if isinstance(inputs, str | Path) else inputs)
-    targets = _targets(files, Path(out), format, overwrite)
-    network, config = load_model(model)
-    limit = config.data.max_pixels if max_pixels is None else max_pixels
-    config = replace(config, data=replace(config.data, max_pixels=limit, masks=None, cache=0))
+    formats = parse_formats(format)
+    items = find_inputs([inputs] if isinstance(inputs, str | Path) else inputs)
+    asked = {PROBABILITY: probability, OVERLAY: overlay, HEATMAP: heatmap}
+    extras = tuple(ending for ending, wanted in asked.items() if wanted)
+    check_targets([item.image for item in items], Path(out), formats, extras, replace=overwrite or resume)
+    folder = find_model(model)
+    network, config = load_model(folder)
+    given = {"max_pixels": max_pixels, "broken": broken}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    config = replace(config, data=replace(config.data, masks=None, cache=0, **changes))
     Path(out).mkdir(parents=True, exist_ok=True)
+    job = _Job(network, config, digest_of(folder), Path(out), formats, extras, overwrite, resume, warn or _to_stderr)
     written: list[Path] = []
     failed: list[str] = []
-    for file, target in zip(files, targets, strict=True):
+    for item in items:
         try:
-            found = _predict_one(
-                network, config, file, target, probability=probability, overlay=overlay, overwrite=overwrite
-            )
-            written += found
+            written += job.run(item if mpp is None else replace(item, mpp=float(mpp)))
         except (FoveateError, OSError, MemoryError) as error:
             line = " ".join(str(error).split()) or type(error).__name__
-            line = line if str(file) in line else f"{file}: {line}"
-            failed.append(line)
-            (warn or _to_stderr)(f"foveate: skipped {line}")
+            failed.append(line if str(item.image) in line else f"{item.image}: {line}")
+            job.warn(f"foveate: skipped {failed[-1]}")
     if failed:
         raise FormatError(
-            f"{len(failed)} of {len(files)} images have no mask (first: {failed[0]}); mend or leave out these files; "
-            f"{len(files) - len(failed)} masks are in {out}"
+            f"{len(failed)} of {len(items)} images have no mask (first: {failed[0]}); mend or leave out these files; "
+            f"{len(items) - len(failed)} masks are in {out}"
         )
     return written
 
 
-def _predict_one(
-    model: nn.Module,
-    config: FitConfig,
-    file: Path,
-    target: Path,
-    *,
-    probability: bool,
-    overlay: bool,
-    overwrite: bool,
-) -> list[Path]:
-    from foveate.io.write import write_mask
+@dataclass(frozen=True)
+class _Job:
+    """What all inputs of one call share."""
 
-    item = Item(file.stem, file, None, file.stem)
-    image, _ = SegmentationData([item], config, 1, train=False).load(0)
-    target = target.with_suffix(".tif") if image.ndim == 4 else target
-    with ExitStack() as stack:
-        chances, finish = None, None
-        if probability:
-            shape = (config.data.num_classes, *image.shape[1:])
-            chances, finish = stack.enter_context(_Probability(target, shape))
-        result = segment(model, image, config, probability=chances)
-        labels = result.labels.numpy()
-        write_mask(target, labels, overwrite=overwrite)
-        written = [target] if finish is None else [target, finish()]
-    if overlay:
-        from foveate.tasks import figures
+    model: nn.Module
+    config: FitConfig
+    model_key: str
+    out: Path
+    formats: tuple[str, ...]
+    extras: tuple[str, ...]
+    overwrite: bool
+    resume: bool
+    warn: Callable[[str], Any]
 
-        plane = labels if labels.ndim == 2 else labels[len(labels) // 2]
-        picture = figures.label_overlay(figures.to_rgb(image.numpy()), plane)
-        written.append(target.with_name(f"{target.stem}_overlay.png"))
-        figures.save_picture(written[-1], figures.outlined(picture, result.leaves))
-    return written
+    def run(self, item: Item) -> list[Path]:
+        """Write all outputs of one input, or none; return them."""
+        name, file = stem_of(item.image), item.image
+        unfinished = part_folder(self.out, name).exists()
+        if self.resume and not unfinished and is_finished(file, self.out, self.formats, self.extras):
+            return []
+        native = open_native(item, self.config.data)
+        kind = kind_of(native)
+        endings = fitting(self.formats, kind, str(file))
+        goals = targets(file, self.out, endings, self.extras)
+        settings = asdict(self.config) | {"model": self.model_key, "mpp": item.mpp, "spacing": item.spacing}
+        part = Part.open(self.out, name, file, settings, resume=self.resume)
+        try:
+            if not (self.overwrite or part.resumed):
+                refuse_existing(goals.values())
+            if not part.is_placing():
+                self._fill(item, native, part, goals, kind)
+            part.place(tuple(goals.values()))
+        except BaseException as error:
+            if not part.has_values:
+                part.remove()
+            elif isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"{file} is half done; go on with --resume") from None
+            raise
+        return list(goals.values())
 
+    def _fill(self, item: Item, native: Raster, part: Part, goals: dict[str, Path], kind: str) -> None:
+        """Make every output in the part folder."""
+        kept = part.kept()
+        if kept is None:
+            patches = self._patches(item, native)
+            kept = logits_of(self.model, patches), patches.leaves[0], list(getattr(native, "broken", ()))
+            if is_large(native):
+                part.keep(*kept)
+        values, leaves, holes = kept
+        skips = self.config.data.broken == "skip"
+        if holes:
+            done = "left unknown" if skips else "filled with background"
+            self.warn(f"foveate: {item.image}: {len(holes)} broken tiles were {done}, first {holes[:3]}")
+        painting = Painting(values, leaves, native.shape, native.spacing, holes if skips else ())
+        write_outputs(painting, part, goals, native, self.config.data.class_names, pyramids=kind == SLIDE)
 
-class _Probability:
-    """A TIFF on disk that probabilities are painted into tile by tile, and that gets its name when it is complete."""
-
-    def __init__(self, target: Path, shape: tuple[int, ...]) -> None:
-        self._aside = target.with_name(f".{target.stem}.aside.tif")
-        self._path = target.with_name(f"{target.stem}_probability.tif")
-        self._shape = shape
-
-    def __enter__(self) -> tuple[Any, Callable[[], Path]]:
-        import tifffile
-
-        # not compressed: only then can any tile be written at any time, and classes x pixels stay out of memory
-        self._map = tifffile.memmap(
-            self._aside,
-            shape=self._shape,
-            dtype=np.float16,
-            photometric="minisblack",
-            metadata={"axes": "CZYX" if len(self._shape) == 4 else "CYX"},
-            bigtiff=2 * math.prod(self._shape) > 2**31,
-        )
-        return self._map, self._finish
-
-    def _finish(self) -> Path:
-        self._map.flush()
-        self._aside.replace(self._path)
-        return self._path
-
-    def __exit__(self, *error: object) -> None:
-        del self._map
-        self._aside.unlink(missing_ok=True)
-
-
-def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
-    """Expand files, folders, globs and manifests into image files, in the order given.
-
-    Args:
-        inputs: Paths; a folder stands for the images in it, a CSV/JSONL manifest for its image column.
-
-    Raises:
-        ConfigError: One of them names nothing.
-    """
-    files: list[Path] = []
-    for given in inputs:
-        found = sorted(_expand(Path(given)))
-        if not found:
-            raise ConfigError(f"{given}: names no image; give an image file, a folder of images, a glob or a manifest")
-        files += found
-    return list(dict.fromkeys(files))
-
-
-def _expand(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        yield from (file for file in path.iterdir() if file.suffix.lower() in _IMAGES and file.name[0] != ".")
-    elif path.suffix.lower() in {".csv", ".jsonl"} and path.is_file():
-        from foveate.tasks.config import DataConfig
-
-        data = DataConfig(root=str(path.parent), manifest=path.name, masks=None)
-        yield from (item.image for item in find_items(data))
-    elif path.exists():
-        yield path
-    elif any(sign in path.name for sign in "*?["):
-        yield from (file for file in path.parent.glob(path.name) if file.is_file())
-
-
-def _targets(files: Sequence[Path], out: Path, ending: str, overwrite: bool) -> list[Path]:
-    targets = [out / f"{file.stem}.{ending}" for file in files]
-    seen: dict[Path, Path] = {}
-    for file, target in zip(files, targets, strict=True):
-        if target in seen:
-            raise ConfigError(f"{seen[target]} and {file} would both be written to {target}; predict them separately")
-        if target.resolve() == file.resolve():
-            raise ConfigError(f"{file} would be overwritten by its own mask; give another --out")
-        if target.exists() and not overwrite:
-            raise ConfigError(f"{target} exists; add --overwrite to replace it, or give another --out")
-        seen[target] = file
-    return targets
+    def _patches(self, item: Item, native: Raster) -> Patches:
+        """Cut one image as training does, whole or lazily."""
+        data, size = self.config.data, patch_size_of(self.model)
+        raster = open_item(item, data, native)
+        if is_large(raster):
+            return slide_patches(raster, self.config, size)
+        image = with_channels(raster.read(whole_box(raster.shape)), data.channels, str(item.image))
+        data = replace(data, spacing=spacing_of(item, data, raster))
+        return prepare(normalise(image, value_range(image, data), data), replace(self.config, data=data), size)
 
 
 def _to_stderr(line: str) -> None:

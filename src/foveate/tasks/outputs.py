@@ -1,0 +1,128 @@
+"""What ``predict`` writes for an input, under which names, and which formats fit which kind of image."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from foveate.errors import ConfigError
+from foveate.io.raster import ArrayRaster, Raster
+from foveate.tasks.items import stem_of
+from foveate.tasks.source import is_large
+
+IMAGE, SLIDE, STACK, VOLUME, ZARR = "image", "slide", "stack", "volume", "zarr volume"
+"""An ordinary image; one too large to hold; planes of a TIFF or NPY; NIfTI or DICOM; a volume in zarr."""
+
+PROBABILITY, OVERLAY, HEATMAP = "_probability.tif", "_overlay.png", "_heatmap.png"
+"""Endings of what goes with a mask."""
+
+_FIT = {
+    IMAGE: ("png", "tif", "ome.tif", "geojson.gz", "geojson"),
+    SLIDE: ("ome.tif", "tif", "geojson.gz", "geojson", "zarr"),
+    STACK: ("tif", "nii.gz", "zarr"),
+    VOLUME: ("nii.gz", "tif", "zarr"),
+    ZARR: ("zarr", "nii.gz", "tif"),
+}
+_DEFAULT = {
+    IMAGE: ("png",),
+    SLIDE: ("ome.tif", "geojson.gz"),
+    STACK: ("tif",),
+    VOLUME: ("nii.gz",),
+    ZARR: ("zarr",),
+}
+FORMATS = tuple(dict.fromkeys(ending for endings in _FIT.values() for ending in endings))
+
+
+def kind_of(raster: Raster) -> str:
+    """Which kind of image a raster is."""
+    held = isinstance(raster, ArrayRaster)
+    if len(raster.shape) == 2:
+        return IMAGE if held and not is_large(raster) else SLIDE
+    from foveate.io.volume import Volume
+
+    return VOLUME if isinstance(raster, Volume) else STACK if held else ZARR
+
+
+def parse_formats(text: str | None) -> tuple[str, ...]:
+    """``"ome.tif,geojson"`` as endings; none of them where nothing was asked for.
+
+    Raises:
+        ConfigError: One of them is not a format.
+    """
+    endings = tuple(dict.fromkeys(word.strip().lstrip(".").lower() for word in text.split(","))) if text else ()
+    for ending in endings:
+        if ending not in FORMATS:
+            near = difflib.get_close_matches(ending, FORMATS, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ";"
+            raise ConfigError(f"format={ending!r} is unknown{hint} the formats are {', '.join(FORMATS)}")
+    return endings
+
+
+def fitting(formats: Sequence[str], kind: str, name: str) -> tuple[str, ...]:
+    """The formats to write for an image of a kind: those asked for, or the kind's own.
+
+    Args:
+        formats: From `parse_formats`.
+        kind: One of the kinds above.
+        name: What to call the image in an error.
+
+    Raises:
+        ConfigError: A format cannot hold the mask of such an image.
+    """
+    for ending in formats:
+        if ending not in _FIT[kind]:
+            raise ConfigError(f"{name}: format={ending!r} does not fit a {kind}; choose among {', '.join(_FIT[kind])}")
+    return tuple(formats) or _DEFAULT[kind]
+
+
+def targets(file: Path, out: Path, endings: Sequence[str], extras: Sequence[str]) -> dict[str, Path]:
+    """Everything that is written for a file, by ending: the masks, then the extras.
+
+    Args:
+        file: The input.
+        out: Folder of the outputs.
+        endings: Formats of the masks.
+        extras: What goes with them.
+    """
+    name = stem_of(file)
+    return {end: out / f"{name}.{end}" for end in endings} | {extra: out / f"{name}{extra}" for extra in extras}
+
+
+def refuse_existing(goals: Iterable[Path]) -> None:
+    """Raise ConfigError when an output is there already."""
+    there = next((goal for goal in goals if goal.exists()), None)
+    if there is not None:
+        raise ConfigError(f"{there} exists; add --overwrite to replace it, or give another --out")
+
+
+def check_targets(
+    files: Sequence[Path], out: Path, formats: Sequence[str], extras: Sequence[str], *, replace: bool
+) -> None:
+    """Refuse at the door what would end with one output on top of another, or of an input.
+
+    Args:
+        files: The inputs.
+        out: Folder of the outputs.
+        formats: From `parse_formats`; where there are none, any mask of the input's name counts.
+        extras: As in `targets`.
+        replace: Outputs that exist may be replaced, or were made before.
+
+    Raises:
+        ConfigError: Two inputs have one name, an input would be overwritten, or an output exists.
+    """
+    endings = formats or tuple(dict.fromkeys(ending for own in _DEFAULT.values() for ending in own))
+    seen: dict[str, Path] = {}
+    for file in files:
+        other = seen.setdefault(stem_of(file), file)
+        if other != file:
+            raise ConfigError(f"{other} and {file} would both be written to {out / stem_of(file)}.*; separate them")
+        goals = targets(file, out, endings, extras).values()
+        if any(goal.resolve() == file.resolve() for goal in goals):
+            raise ConfigError(f"{file} would be overwritten by its own mask; give another --out")
+        if not replace:
+            refuse_existing(goals)
+
+
+def is_finished(file: Path, out: Path, formats: Sequence[str], extras: Sequence[str]) -> bool:
+    """Say whether an input has all its outputs already; of formats that nobody chose, those of one kind."""
+    kinds = [tuple(formats)] if formats else list(_DEFAULT.values())
+    return any(all(goal.exists() for goal in targets(file, out, endings, extras).values()) for endings in kinds)
