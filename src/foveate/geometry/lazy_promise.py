@@ -14,20 +14,13 @@ from numpy.typing import NDArray
 
 from foveate.geometry.pyramid import Triple, Values
 
-LOSS = 0.002  # share of the residual that may be missed by not looking
+LOSS = 0.005  # share of the residual that may be missed by not looking
 _DRAWS = 24
 _FEW = 64  # factors that say nothing about their spread
 
 
-def threshold(values: Sequence[Values], ratios: Sequence[Triple], splits: int) -> float:
-    """The value of the first cell that is not split, 0 where the budget splits them all."""
-    some = [value[value > 0] for value in values]
-    costs = [np.full(len(value), np.prod(r) - 1.0) for value, r in zip(some, ratios, strict=True)]
-    return _first_left(np.concatenate(some), np.concatenate(costs), splits)
-
-
 def promising(
-    gains: Sequence[Values], bonus: Sequence[Values], ratios: Sequence[Triple], splits: int, depth: int
+    gains: Sequence[Values], bonus: Sequence[Values], ratios: Sequence[Triple], splits: int, depths: tuple[int, int]
 ) -> NDArray[np.bool_]:
     """The cells of the finest known scale whose children are worth a look, as a grid of truth values.
 
@@ -36,24 +29,28 @@ def promising(
         bonus: what is added to it and known at every scale.
         ratios: children of a cell of each scale along each axis.
         splits: leaves that the budget has beyond the roots.
-        depth: how many scales the finer level prices.
+        depths: how many further scales the finer level prices, and how many there are.
     """
     values = [gain + more for gain, more in zip(gains, bonus, strict=True)]
     below = float(np.prod(ratios[0]))
-    factors = _factors(gains, ratios, threshold(values, ratios, splits))
     known = [value[value > 0] for value in values]
     cost = [np.full(len(value), np.prod(r) - 1.0) for value, r in zip(known, ratios, strict=True)]
-    draws = gains[0][gains[0] > 0][:, None] * factors
-    cost.append(np.full(draws.size, below * (below - 1.0) / len(factors)))
-    limit = _first_left(np.concatenate([*known, draws.ravel()]), np.concatenate(cost), splits)
+    limit = _first_left(np.concatenate(known), np.concatenate(cost), splits)
+    factors = _factors(gains, ratios, limit)
+
+    for step in range(1, depths[1] + 1):
+        likely = gains[0] * np.median(factors) ** step + bonus[0] / below**step
+        known.append(likely[likely > limit])
+        cost.append(np.full(len(known[-1]), below**step * (below - 1.0)))
+    limit = _first_left(np.concatenate(known), np.concatenate(cost), splits)
     left = float(sum(v[v <= limit].sum() * (np.prod(r) - 1.0) for v, r in zip(values, ratios, strict=True)))
     promise = np.zeros(gains[0].shape)
-    for step in range(1, depth + 1):
-        leaves = below**step * (below - 1.0)
+    for step in range(1, depths[0] + 1):
+        leaves = below**step * (below - 1.0) / len(factors)
         for factor in factors:
             drawn = gains[0] * factor**step + bonus[0] / below**step
-            promise += leaves / len(factors) * np.maximum(drawn - limit, 0.0)
-            left += leaves / len(factors) * float(drawn[drawn <= limit].sum())
+            promise += leaves * np.maximum(drawn - limit, 0.0)
+            left += leaves * float(drawn[drawn <= limit].sum())
     order = np.argsort(promise, axis=None)
     missed = int(np.searchsorted(np.cumsum(promise.ravel()[order]), LOSS * left, side="right"))
     chosen = promise > 0

@@ -147,7 +147,7 @@ class Growth:
     def _promising(self, unit: int, stage: Stage) -> NDArray[np.bool_]:
         gains, bonus = self._values(unit - 1)
         splits = (self.options.max_leaves or 0) - int(self._dims[-1].prod())
-        return promising(gains[1:], bonus[1:], self._ratios[unit - 1 :], splits, stage.high - stage.low + 1)
+        return promising(gains[1:], bonus[1:], self._ratios[unit - 1 :], splits, (stage.high - stage.low + 1, unit - 1))
 
     def _walk(self, values: Sequence[Values], low: int) -> Leaves:
         """The leaves of the tree of the scales from ``low``."""
