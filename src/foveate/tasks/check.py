@@ -156,16 +156,16 @@ class _Census:
             self.note("no mask", item.name, "it can be predicted but not learned from or scored")
             return
         try:
-            counts = self._labels(item, native, shape)
+            counts = self._labels(item, native, raster)
         except FoveateError as error:
             self.note("size mismatch" if OTHER_SIZE in str(error) else "unreadable mask", item.name, str(error))
             return
         self._count(item, counts)
 
-    def _labels(self, item: Item, native: Raster, shape: tuple[int, ...]) -> Int64[NumpyArray, "256"]:
+    def _labels(self, item: Item, native: Raster, raster: Raster) -> Int64[NumpyArray, "256"]:
         if is_large(native):
             return Slide(item, native, self.data).counts()
-        return np.bincount(whole_labels(item, self.data, native, shape).ravel(), minlength=IGNORE + 1)
+        return np.bincount(whole_labels(item, self.data, native, raster).ravel(), minlength=IGNORE + 1)
 
     def _count(self, item: Item, counts: NumpyArray) -> None:
         split = self.split_of[item.name]

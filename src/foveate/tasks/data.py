@@ -299,7 +299,7 @@ def read_item(item: Item, data: DataConfig) -> Decoded | Slide:
         return Slide(item, native, data)
     raster = open_item(item, data, native)
     image = with_channels(raster.read(whole_box(raster.shape)), data.channels, str(item.image))
-    labels = None if item.mask is None else whole_labels(item, data, native, tuple(raster.shape))
+    labels = None if item.mask is None else whole_labels(item, data, native, raster)
     return Decoded(image, labels, value_range(image, data), spacing_of(item, data, raster))
 
 

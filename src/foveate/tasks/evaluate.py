@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from foveate.errors import ConfigError
+from foveate.errors import ConfigError, FormatError, MissingExtraError
 from foveate.tasks.config import FitConfig, load_config
 from foveate.tasks.data import SegmentationData
 from foveate.tasks.items import SPLITS, find_items, split_items
 from foveate.tasks.metrics import PixelMetrics, interval, mean_known
-from foveate.tasks.predict import Segmented, load_model, segment
+from foveate.tasks.predict import Segmented, load_model
 from foveate.tasks.run import CONFIG, find_model
-from foveate.tasks.segmentation import ceiling_row
+from foveate.tasks.scoring import score_item
 
 _MEASURES = ("dice", "iou", "hd95")
 
@@ -28,6 +28,7 @@ class Evaluation:
     classes: tuple[str, ...]  # without background
     rows: tuple[Mapping[str, Any], ...]  # per image: name, dice/iou/hd95/ceiling per class, tokens, seconds
     summary: Mapping[str, Any]  # means with 95 % intervals, ceiling, tokens and seconds
+    failed: tuple[str, ...] = ()  # one line per image that could not be read, and is in no mean
 
     @property
     def dice(self) -> float:
@@ -57,6 +58,7 @@ class Evaluation:
             "classes": list(self.classes),
             "summary": self.summary,
             "images": list(self.rows),
+            "failed": list(self.failed),
         }
         plain = _without_nan(values)
         assert isinstance(plain, dict)
@@ -88,7 +90,8 @@ class Evaluation:
             lines.append(["mean", name, *cells])
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([*rows, "", self._sentence()])
+        skipped = [f"skipped {line}" for line in self.failed]
+        return "\n".join([*rows, "", *skipped, self._sentence()])
 
     def _sentence(self) -> str:
         dice, tokens = self.summary["dice"]["mean"], self.summary["tokens"]
@@ -115,14 +118,15 @@ def evaluate(
         run: Run folder.
         split: ``test``, ``val`` or ``train``.
         data_root: Where the data is, when it has moved since training.
-        on_image: Called with the name, the normalised image, the labels and the result of each image, for figures.
+        on_image: Called with the name, the normalised image, the labels and the result of each image that is held,
+            for figures.
 
     Returns:
-        The scores; ``str()`` of them is a table.
+        The scores; ``str()`` of them is a table. An image that cannot be read is named in ``failed``.
 
     Raises:
         ConfigError: The split is unknown, empty, or has images without a mask.
-        FormatError: There is no trained model.
+        FormatError: There is no trained model, or not one image can be read.
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r} is none of {', '.join(SPLITS)}; choose one")
@@ -137,20 +141,26 @@ def evaluate(
     if not items or bare:
         what = f"image {bare[0]} without a mask" if bare else "0 images"
         raise ConfigError(f"the {split} split has {what}; change data.split or data.masks, or choose another --split")
-    patch_size = model.config.patch_size
-    data = SegmentationData(items, config, patch_size, train=False)
+    data = SegmentationData(items, config, model.config.patch_size, train=False)
     metrics = PixelMetrics(config.data.class_names, config.data.spacing)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     for index, item in enumerate(items):
-        image, labels = data.load(index)
-        assert labels is not None
-        result = segment(model, image, config)
-        row = metrics.update(item.name, result.labels, labels)
-        reach = ceiling_row(item.name, labels, result.leaves, config, patch_size)["dice"]
-        rows.append({**row, "ceiling": reach, "tokens": len(result.leaves), "seconds": round(result.seconds, 4)})
-        if on_image is not None:
-            on_image(item.name, image, labels, result)
-    evaluation = Evaluation(run, split, config.data.class_names[1:], tuple(rows), _summary(metrics, rows, config))
+        try:
+            scored = score_item(model, data, index, metrics)
+        except (FormatError, MissingExtraError, OSError, MemoryError) as error:
+            line = " ".join(str(error).split()) or type(error).__name__
+            failed.append(line if str(item.image) in line else f"{item.image}: {line}")
+            continue
+        assert scored.ceiling is not None
+        seconds = round(scored.seconds, 4)
+        rows.append({**scored.row, "ceiling": scored.ceiling["dice"], "tokens": scored.tokens, "seconds": seconds})
+        if on_image is not None and scored.shown is not None:
+            on_image(item.name, *scored.shown)
+    if not rows:
+        raise FormatError(f"none of the {len(items)} {split} images can be scored (first: {failed[0]}); mend the files")
+    classes = config.data.class_names[1:]
+    evaluation = Evaluation(run, split, classes, tuple(rows), _summary(metrics, rows, config), tuple(failed))
     evaluation.save(run / "evaluation")
     return evaluation
 

@@ -41,7 +41,7 @@ class Labels:
         shape: spatial shape *S of the image in its working frame.
         table: what its values mean; ``None``: they are labels already.
         path: the file, for messages.
-        unseen: boxes of the image that become 255; looked at anew at every read.
+        image: what the labels are of; boxes that it lists as ``broken`` when labels are read become 255.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class Labels:
         shape: Sequence[int],
         table: ClassTable | None,
         path: Path,
-        unseen: Sequence[Box] = (),
+        image: Source | None = None,
     ) -> None:
-        self._source, self._table, self._path, self._unseen = source, table, path, unseen
+        self._source, self._table, self._path, self._image = source, table, path, image
         self._scale = tuple(_scale(old, new) for old, new in zip(source.shape, shape, strict=True))
         steps = [tuple(d / s for d, s in zip(down, self._scale, strict=True)) for down in source.downsamples]
         fine = [k for k, step in enumerate(steps) if max(step) <= 1 + 1e-9]
         self._stored = [fine[-1] if fine else 0]  # level of the file behind each level here
         self._downsamples = [(1.0,) * len(self._scale)]
         for level, step in enumerate(steps):
-            if min(step) > 1 + 1e-9 and level != self._stored[0]:
+            if min(step) > 1 + 1e-9:
                 self._stored.append(level)
                 self._downsamples.append(step)
         self._shape = tuple(shape)
@@ -122,7 +122,8 @@ class Labels:
         return self._hidden(labels, window, level)[None]
 
     def _hidden(self, labels: NumpyArray, window: Box, level: int) -> NumpyArray:
-        for start, stop in [level_window(box, self._downsamples[level]) for box in self._unseen]:
+        broken = getattr(self._image, "broken", ())
+        for start, stop in [level_window(box, self._downsamples[level]) for box in broken]:
             low = [max(a, o) - o for a, o in zip(start, window[0], strict=True)]
             high = [min(b, e) - o for b, e, o in zip(stop, window[1], window[0], strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
@@ -145,9 +146,7 @@ def _area(index: Sequence[NumpyArray], down: Sequence[float], shape: Sequence[in
     return start, tuple(min(max(high, low + 1), side) for high, low, side in zip(stop, start, shape, strict=True))
 
 
-def open_labels(
-    item: Item, data: DataConfig, native: Sequence[int], shape: Sequence[int], unseen: Sequence[Box] = ()
-) -> Labels:
+def open_labels(item: Item, data: DataConfig, native: Sequence[int], image: Source) -> Labels:
     """Open the mask of an image as labels in the image's working frame.
 
     A mask may be a raster of the image's size, or of a whole fraction of it (then each of its pixels is the label of a
@@ -157,38 +156,38 @@ def open_labels(
         item: an item with a mask.
         data: the classes.
         native: spatial shape of the image as stored.
-        shape: spatial shape of the image in its working frame.
-        unseen: boxes of the working frame that become 255, see `Labels`.
+        image: the image in its working frame; with ``data.broken: skip`` what it could not decode becomes 255.
 
     Raises:
         FormatError: the file is unreadable or of another size.
     """
     assert item.mask is not None
-    path, table = item.mask, ClassTable(data.classes, data.unknown)
+    path = item.mask
+    seen = image if data.broken == "skip" else None
     if is_annotation(path):
-        from foveate.io.geojson import read_annotations
+        from foveate.io.geojson import annotation_classes, read_annotations
 
-        names = {name: label for label, name in enumerate(data.class_names) if label}
-        return Labels(read_annotations(path, names, tuple(native), unknown=data.unknown), shape, None, path, unseen)
-    source, known = _mask_source(item, path, table, data)
+        names = annotation_classes(data.classes)
+        return Labels(read_annotations(path, names, tuple(native), unknown=data.unknown), image.shape, None, path, seen)
+    source, known = _mask_source(item, path, ClassTable(data.classes, data.unknown), data)
     _check_fraction(path, source.shape, tuple(native))
-    return Labels(source, shape, known, path, unseen)
+    return Labels(source, image.shape, known, path, seen)
 
 
-def whole_labels(item: Item, data: DataConfig, native: Raster, shape: tuple[int, ...]) -> UInt8[NumpyArray, "*S"]:
+def whole_labels(item: Item, data: DataConfig, native: Raster, image: Source) -> UInt8[NumpyArray, "*S"]:
     """The labels of an image that is read whole; its mask must have the image's size.
 
     Args:
         item: an item with a mask.
         data: the classes.
         native: the image as `open_native` returned it.
-        shape: spatial shape of the image in its working frame.
+        image: the image in its working frame.
 
     Raises:
         FormatError: the file is unreadable, has another size, or holds values that no class names.
     """
     assert item.mask is not None
-    size = tuple(native.shape)
+    size, shape = tuple(native.shape), tuple(image.shape)
     flat = not is_annotation(item.mask) and not item.mask.is_dir() and not is_volume(item.mask)
     if flat and isinstance(native, Volume) and native.orientation != orientation(native.grid.affine):
         raise FormatError(
@@ -197,7 +196,7 @@ def whole_labels(item: Item, data: DataConfig, native: Raster, shape: tuple[int,
         )
     if flat and size == shape:
         return read_mask(item.mask, ClassTable(data.classes, data.unknown), shape=shape, max_pixels=data.max_pixels)
-    labels = open_labels(item, data, size, shape)
+    labels = open_labels(item, data, size, image)
     return np.ascontiguousarray(labels.read(whole_box(shape))[0])
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from foveate.errors import ConfigError
-from foveate.geometry.patches import patchify_mask
 from foveate.tasks.checkpoint import find_checkpoint
 from foveate.tasks.config import FitConfig, save_config
 from foveate.tasks.data import Batch, Sample, SegmentationData, collate
@@ -18,9 +17,10 @@ from foveate.tasks.items import find_items, split_items
 from foveate.tasks.loop import Loop, LoopResult, on_cpu
 from foveate.tasks.losses import leaf_loss
 from foveate.tasks.metrics import PixelMetrics, mean_known
-from foveate.tasks.predict import SETTINGS, paint, segment
-from foveate.tasks.resize import limited_shape, shrink_labels
+from foveate.tasks.predict import SETTINGS
 from foveate.tasks.run import CHECKPOINTS, open_run
+from foveate.tasks.scoring import score_item
+from foveate.tasks.slides import check_large_files
 
 
 class SegmentationTask:
@@ -92,20 +92,16 @@ class SegmentationTask:
         """Mean Dice and IoU in pixels at full resolution, and the ceiling that the trees leave."""
         if self.val is None:
             return {}
-        names = self.config.data.class_names
-        metrics = PixelMetrics(names, self.config.data.spacing, distances=False)
+        metrics = PixelMetrics(self.config.data.class_names, self.config.data.spacing, distances=False)
         tokens = []
         for index in range(len(self.val)):
-            image, labels = self.val.load(index)
-            assert labels is not None
-            name = self.val.items[index].name
-            result = segment(model, image, self.config)
-            metrics.update(name, result.labels, labels)
-            tokens.append(len(result.leaves))
-            if index not in self._ceilings:  # the trees of unvaried images stay the same
-                self._ceilings[index] = ceiling_row(name, labels, result.leaves, self.config, self.val.patch_size)
-        ceiling = mean_known([mean_known(row["dice"]) for row in self._ceilings.values()])
-        scores = {"dice": 0.0, "iou": 0.0, "ceiling": ceiling, "tokens": sum(tokens) / len(tokens)}
+            ceiling = index not in self._ceilings  # the trees of unvaried images stay the same
+            scored = score_item(model, self.val, index, metrics, ceiling=ceiling)
+            tokens.append(scored.tokens)
+            if scored.ceiling is not None:
+                self._ceilings[index] = scored.ceiling
+        reach = mean_known([mean_known(row["dice"]) for row in self._ceilings.values()])
+        scores = {"dice": 0.0, "iou": 0.0, "ceiling": reach, "tokens": sum(tokens) / len(tokens)}
         for measure in ("dice", "iou"):
             scores[measure] = mean_known([mean_known(row[measure]) for row in metrics.rows])
         # images in which there is nothing, and nothing was found, have no Dice; a set of such images was got right
@@ -121,23 +117,6 @@ class SegmentationTask:
         from safetensors.torch import load_file
 
         self.model.load_state_dict(load_file(folder / "model.safetensors"))
-
-
-def ceiling_row(name: str, labels: Tensor, leaves: Any, config: FitConfig, patch_size: int) -> dict[str, Any]:
-    """Score the true mask itself after the tree: encoded on the leaves, and painted by the path of the predictions.
-
-    Args:
-        name: The image's name.
-        labels: Class per pixel ``[*S]`` at full resolution, 255 where unknown.
-        leaves: Leaves the image was cut into, in the frame of the shrunk image.
-        config: Settings of the run.
-        patch_size: Samples per side of a token.
-    """
-    shape = tuple(labels.shape)
-    small = torch.from_numpy(shrink_labels(labels.numpy(), limited_shape(shape, config.data.max_side)))
-    soft, _ = patchify_mask(small, leaves, patch_size, config.data.num_classes)
-    metrics = PixelMetrics(config.data.class_names, distances=False)
-    return metrics.update(name, paint(soft, leaves, shape), labels)
 
 
 @dataclass(frozen=True)
@@ -167,11 +146,13 @@ def build_task(config: FitConfig) -> SegmentationTask:
 
     Raises:
         ConfigError: Training or validation images have no masks.
+        FormatError: A slide, or its mask, cannot be opened.
     """
     from foveate.models import create_model
 
     split = split_items(find_items(config.data), config.data)
     for kind in ("train", "val"):
+        check_large_files(split[kind], config.data)
         bare = [item.name for item in split[kind] if item.mask is None]
         if bare:
             raise ConfigError(f"{kind} image {bare[0]} has no mask; correct data.masks, or take it out of the split")
@@ -209,10 +190,8 @@ def start_from_shares(model: Any, data: SegmentationData, num_images: int = 16) 
     if bias is None or len(bias) % num_classes:
         return
     counts = torch.ones(num_classes, dtype=torch.float64)
-    for index in range(min(num_images, len(data))):
-        labels = data.load(index)[1]
-        assert labels is not None
-        counts += torch.bincount(labels.flatten(), minlength=256)[:num_classes]
+    for index in range(min(num_images, len(data.items))):
+        counts += torch.from_numpy(data.counts(index)[:num_classes])
     shares = (counts / counts.sum()).clamp(min=0.01)
     with torch.no_grad():
         bias.view(num_classes, -1).copy_((shares / shares.sum()).log()[:, None])

@@ -51,10 +51,7 @@ class Slide:
     def __init__(self, item: Item, native: Raster, data: DataConfig) -> None:
         self.item, self.data = item, data
         self.raster = open_item(item, data, native)
-        unseen = getattr(self.raster, "broken", []) if data.broken == "skip" else []
-        self.labels: Labels | None = None
-        if item.mask is not None:
-            self.labels = open_labels(item, data, native.shape, self.raster.shape, unseen)
+        self.labels = None if item.mask is None else open_labels(item, data, native.shape, self.raster)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -56,7 +56,7 @@ def otsu(values: Shaped[NumpyArray, "..."]) -> float:
         below * above * (total[:-1] / np.maximum(below, 1) - (total[-1] - total[:-1]) / np.maximum(above, 1)) ** 2,
         0.0,
     )
-    return float(edges[1:-1][int(apart.argmax())])
+    return float(edges[1:-1][apart >= apart.max() * (1 - 1e-9)].mean())  # in the middle of an empty gap
 
 
 def _mode(values: NumpyArray) -> float:

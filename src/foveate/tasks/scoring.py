@@ -1,0 +1,108 @@
+"""The score of one image, held whole or read by box, and the ceiling that its tree leaves.
+
+Legend: L leaves, K classes, P samples per side, S image sides.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from foveate.geometry.leaves import Leaves
+from foveate.geometry.patches import patchify_mask
+from foveate.tasks.data import SegmentationData
+from foveate.tasks.metrics import PixelMetrics, count_labels, tiles
+from foveate.tasks.painting import Painting
+from foveate.tasks.predict import Segmented, logits_of, paint, segment
+from foveate.tasks.resize import limited_shape, shrink_labels
+from foveate.tasks.settings import FitConfig
+from foveate.tasks.slides import Slide
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What one image scored.
+
+    Args:
+        row: what `PixelMetrics` says of the prediction.
+        ceiling: the same of the true mask after the tree; ``None`` where it was not asked for.
+        tokens: leaves of the image.
+        seconds: from the decoded image (a slide: from the file) to its full-size mask.
+        shown: normalised image, labels and result, of an image that is held whole.
+    """
+
+    row: dict[str, Any]
+    ceiling: dict[str, Any] | None
+    tokens: int
+    seconds: float
+    shown: tuple[Tensor, Tensor, Segmented] | None
+
+
+def score_item(
+    model: nn.Module, data: SegmentationData, index: int, metrics: PixelMetrics, *, ceiling: bool = True
+) -> Scored:
+    """Segment one image of a set that is not varied, and score it in pixels at full resolution.
+
+    A slide is painted, compared with its mask and counted tile by tile; nothing of its size is ever held, and distances
+    are left out.
+
+    Args:
+        model: as in `segment`.
+        data: images with masks.
+        index: position in ``data.items``.
+        metrics: gets the row.
+        ceiling: also score the tree.
+
+    Raises:
+        FormatError: a file is unreadable, has no mask, or image and mask differ in size.
+    """
+    name, config = data.items[index].name, data.config
+    found = data.read(index)
+    if isinstance(found, Slide):
+        return _score_slide(model, data, index, found, metrics)
+    image, labels = found.image, found.labels
+    assert labels is not None
+    result = segment(model, image, found.config)
+    row = metrics.update(name, result.labels, labels, found.config.data.spacing)
+    reach = ceiling_row(name, labels, result.leaves, config, data.patch_size) if ceiling else None
+    return Scored(row, reach, len(result.leaves), result.seconds, (image, labels, result))
+
+
+def _score_slide(model: nn.Module, data: SegmentationData, index: int, slide: Slide, metrics: PixelMetrics) -> Scored:
+    start = time.perf_counter()
+    sample = data[index]
+    leaves = sample.patches.leaves[0]
+    pictures = [Painting(values, leaves, slide.shape) for values in (logits_of(model, sample.patches), sample.soft)]
+    seconds = time.perf_counter() - start
+    assert slide.labels is not None
+    num_classes = data.config.data.num_classes
+    counts = np.zeros((len(pictures), num_classes, 3), dtype=np.int64)
+    for box in tiles(slide.shape):
+        truth = slide.labels.read(box)[0]
+        start = time.perf_counter()
+        tile = pictures[0].tile(box)
+        seconds += time.perf_counter() - start
+        counts[0] += count_labels(tile, truth, num_classes)
+        counts[1] += count_labels(pictures[1].tile(box), truth, num_classes)
+    reach = PixelMetrics(metrics.class_names, distances=False).update_counts(sample.name, counts[1])
+    return Scored(metrics.update_counts(sample.name, counts[0]), reach, len(leaves), seconds, None)
+
+
+def ceiling_row(name: str, labels: Tensor, leaves: Leaves, config: FitConfig, patch_size: int) -> dict[str, Any]:
+    """Score the true mask itself after the tree: encoded on the leaves, and painted by the path of the predictions.
+
+    Args:
+        name: The image's name.
+        labels: Class per pixel ``[*S]`` at full resolution, 255 where unknown.
+        leaves: Leaves the image was cut into, in the frame of the shrunk image.
+        config: Settings of the run.
+        patch_size: Samples per side of a token.
+    """
+    shape = tuple(labels.shape)
+    small = torch.from_numpy(shrink_labels(labels.numpy(), limited_shape(shape, config.data.max_side)))
+    soft, _ = patchify_mask(small, leaves, patch_size, config.data.num_classes)
+    metrics = PixelMetrics(config.data.class_names, distances=False)
+    return metrics.update(name, paint(soft, leaves, shape), labels)
