@@ -136,18 +136,19 @@ def _head(sitk: Any, path: Path) -> Any:
 
 def _check_gaps(path: Path, names: list[Path], heads: list[Any]) -> None:
     """Refuses slices that lack a position, share one, or lie unevenly, as where one is missing."""
-    if len(names) < 3:
+    if len(names) < 2:
         return
     try:
         at = np.array([[float(part) for part in head.GetMetaData(_POSITION).split("\\")] for head in heads])
     except DECODER_ERRORS:
         raise bad_file(path, "has slices without a position; export the series again") from None
+    seen: dict[tuple[float, ...], str] = {}
+    for place, name in zip(at.tolist(), names, strict=True):
+        if (other := seen.setdefault(tuple(place), name.name)) != name.name:
+            raise bad_file(path, f"has two slices at one place, {other} and {name.name}; keep one")
     gaps = np.linalg.norm(np.diff(at, axis=0), axis=1)
     usual = float(np.median(gaps))
     worst = int(np.abs(gaps - usual).argmax())
-    if float(gaps.min()) <= 0:
-        same = int(gaps.argmin())
-        raise bad_file(path, f"has two slices at one place, {names[same].name} and {names[same + 1].name}; keep one")
     if not abs(float(gaps[worst]) - usual) <= _UNEVEN * usual:
         raise bad_file(
             path,

@@ -22,6 +22,7 @@ from foveate.io.guard import DECODER_ERRORS, DEFAULT_MAX_PIXELS, bad_file, check
 from foveate.io.image import MOST_CHANNELS
 from foveate.io.ngff_write import write_labels_zarr as write_labels_zarr
 from foveate.io.raster import check_window, fill_window, stored_window
+from foveate.io.spacing import mpp_of
 
 Array = NDArray[Any]
 
@@ -152,9 +153,9 @@ class ZarrRaster:
         return self._spacing
 
     @property
-    def mpp(self) -> tuple[float, ...] | None:
-        """Size of a level-0 pixel in um along each axis, or None."""
-        return None if self._spacing is None else tuple(1000 * size for size in self._spacing)
+    def mpp(self) -> float | None:
+        """Um per level-0 pixel of a plane, or None."""
+        return mpp_of(self._spacing)
 
     def tile_shape(self, level: int = 0) -> tuple[int, ...]:
         """Spatial shape of the chunks of a level."""

@@ -152,7 +152,7 @@ def _coarser(fine: Any, step: tuple[int, ...]) -> Blocks:
     return blocks
 
 
-def _most_frequent(labels: Integer[np.ndarray, "*S"], step: tuple[int, ...]) -> Integer[np.ndarray, "*S"]:
+def _most_frequent(labels: Integer[np.ndarray, "*S"], step: tuple[int, ...]) -> Integer[np.ndarray, "*R"]:
     """The most frequent label of each group of ``step`` pixels, the first of them where several are."""
     groups = np.stack([labels[tuple(slice(at, None, by) for at, by in zip(offset, step, strict=True))]
                        for offset in itertools.product(*map(range, step))])  # fmt: skip
