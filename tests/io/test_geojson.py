@@ -289,7 +289,8 @@ DAMAGE = {
     "has a ring without points": feature(polygon([])),
     "has points that are no pairs of numbers": feature(polygon([[1], [2], [3]])),
     "has coordinates that are not lists of numbers": feature(polygon([["a", 1], [1, 1], [2, 3]])),
-    "coordinates that are not lists of numbers; ": feature(polygon([0, 0], 1)),
+    "points that are no pairs of numbers; mend": feature(polygon([0, 0], 1)),
+    "coordinates that are not lists of numbers; mend": feature({"type": "Polygon", "coordinates": 5}),
     "not lists of numbers": b'{"type": "Polygon", "coordinates": [[[0, 0], [1, %s], [2, 2]]]}' % HUGE.encode(),
     "has a geometry of no kind that GeoJSON knows": feature({"type": "Circle", "coordinates": [0, 0]}),
     "feature 2 (Stroma) has a ring of 1 points": collection(

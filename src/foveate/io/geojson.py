@@ -175,25 +175,24 @@ def _pieces(
         for ring in rings:
             digest.update(np.ascontiguousarray(ring).data)
         values = {name: column[index].item() for name, column in columns.items()}
-        feature = {
-            "type": "Feature",
-            "id": str(uuid.UUID(bytes=digest.digest()[:16], version=5)),
-            "geometry": {"type": "Polygon", "coordinates": [_closed(ring) for ring in rings]},
-            "properties": {
-                "objectType": object_type,
-                "classification": classes[label],
-                "isLocked": False,
-                "measurements": {name: value for name, value in values.items() if np.isfinite(value)},
-            },
+        properties = {
+            "objectType": object_type,
+            "classification": classes[label],
+            "isLocked": False,
+            "measurements": {name: value for name, value in values.items() if np.isfinite(value)},
         }
-        yield (b",\n" if index else b"\n") + json.dumps(feature, separators=(",", ":")).encode()
+        yield (
+            f'{"," * bool(index)}\n{{"type":"Feature","id":"{uuid.UUID(bytes=digest.digest()[:16], version=5)}",'
+            f'"geometry":{{"type":"Polygon","coordinates":[{",".join(map(_closed, rings))}]}},'
+            f'"properties":{json.dumps(properties, separators=(",", ":"))}}}'
+        ).encode()
     yield b"\n]}\n"
 
 
-def _closed(ring: Array) -> list[list[int | float]]:
-    """Points (x, y), the first one again at the end."""
-    points: list[list[int | float]] = ring[:, ::-1].tolist()
-    return [*points, points[0]]
+def _closed(ring: Array) -> str:
+    """Points (x, y) as text, the first one again at the end; many times faster than by way of nested lists."""
+    flat = np.concatenate([ring, ring[:1]])[:, ::-1].ravel().tolist()
+    return f"[{('[%r,%r],' * (len(ring) + 1))[:-1] % tuple(flat)}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,8 +284,11 @@ class _Wrong(Exception):
 
 def _ring(given: Any) -> Array:
     """Points (y, x) of a ring, not closed."""
-    points = np.array([point[:2] for point in given], np.float64)
-    if points.ndim != 2 or points.shape[1] != 2:
+    try:
+        points = np.array(given, np.float64)
+    except ValueError:  # points of two numbers and of three
+        points = np.array([point[:2] for point in given], np.float64)
+    if points.ndim != 2 or points.shape[1] < 2:
         raise _Wrong("a ring without points" if not points.size else "points that are no pairs of numbers")
     if not (np.abs(points) <= FARTHEST).all():
         raise _Wrong("coordinates that are not finite, or farther than 2^31 pixels")
@@ -294,7 +296,7 @@ def _ring(given: Any) -> Array:
         points = points[:-1]
     if len(points) < 3:
         raise _Wrong(f"a ring of {len(points)} points, which encloses nothing")
-    return points[:, ::-1]
+    return points[:, 1::-1]
 
 
 def _features(path: Path, root: Any) -> list[_Feature]:
