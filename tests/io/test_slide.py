@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
+import tifffile
 from make_slides import first, picture, write_svs, write_trestle
 
 from foveate.errors import FormatError
@@ -70,3 +71,14 @@ def test_no_slide_at_all(tmp_path: Path) -> None:
     (tmp_path / "a.svs").write_bytes(b"no slide at all")
     with pytest.raises(FormatError, match="truncated or corrupt SLIDE"):
         SlideRaster(tmp_path / "a.svs")
+
+
+def test_a_level_without_pixels(tmp_path: Path) -> None:
+    write_trestle(tmp_path / "a.tif", picture(200, 190))
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        at = file.pages.first.tags[257].valueoffset
+    with (tmp_path / "a.tif").open("r+b") as out:
+        out.seek(at)
+        out.write(bytes(2))
+    with pytest.raises(FormatError):
+        open_raster(tmp_path / "a.tif")

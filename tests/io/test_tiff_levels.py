@@ -8,7 +8,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from make_slides import Array, first, picture, write_ome, write_plain, write_svs
+from make_slides import Array, first, halved, picture, write_ome, write_plain, write_svs
 
 from foveate.errors import ConfigError, FormatError
 from foveate.io import choose
@@ -238,7 +238,7 @@ def test_many_pages_and_absurd_sizes(tmp_path: Path) -> None:
             for code, value in changes.items():
                 out.seek(tags[code].offset + 2)
                 out.write(struct.pack("<HII", 4, 1, value))
-        with pytest.raises(FormatError, match=r"declares|one block"):
+        with pytest.raises(FormatError, match=r"declares (tiles of )?\d+ x \d+ pixels"):
             open_raster(path)
 
 
@@ -249,6 +249,40 @@ def test_one_block_of_a_whole_slide_is_refused(tmp_path: Path, monkeypatch) -> N
 
     with pytest.raises(FormatError, match=r"stores 64 x 64 pixels in one block, above 1000 .*save it again in tiles"):
         read_layout(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "jpeg2000"])
+def test_a_tile_that_claims_to_be_huge(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / "a.tif"
+    write_plain(path, picture(200, 190), compression=compression, photometric="rgb")
+    data = bytearray(path.read_bytes())
+    if compression == "jpeg":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">HH", 40000, 40000)
+    else:
+        at = data.index(b"\xff\x4f\xff\x51") + 8
+        data[at : at + 8] = struct.pack(">II", 40000, 40000)
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="it declares 1600000000 pixels in a tile of 4096"):
+        whole(open_raster(path))
+
+
+def test_levels_of_a_slide_without_thumbnail(tmp_path: Path) -> None:
+    image = picture(256, 256)
+    with tifffile.TiffWriter(tmp_path / "a.svs") as file:
+        for number, level in enumerate((image, halved(image, 4), halved(image, 8))):
+            one = {"tile": (64, 64), "description": "Aperio Image Library|MPP = 0.5", "metadata": None}
+            file.write(level, subfiletype=int(number > 0), compression="jpeg", photometric="rgb", **one)
+    assert open_raster(tmp_path / "a.svs").levels == ((256, 256), (64, 64), (32, 32))
+
+
+def test_hamamatsu_pages_have_wider_offsets(tmp_path: Path) -> None:
+    page = struct.pack("<H", 1) + struct.pack("<HHII", 65420, 3, 1, 1)
+    (tmp_path / "a").write_bytes(struct.pack("<2sHI", b"II", 42, 8) + page + struct.pack("<Q", 30) + page + bytes(8))
+    check_chain(tmp_path / "a")
+    (tmp_path / "a").write_bytes(struct.pack("<2sHI", b"II", 42, 8) + page + struct.pack("<Q", 8))
+    with pytest.raises(FormatError, match="the pages run in a circle"):
+        check_chain(tmp_path / "a")
 
 
 def test_check_chain_walks_sub_pages_of_both_byte_orders(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from foveate.io.guard import Want, bad_file, sniff
 from foveate.io.image import read_image
 from foveate.io.raster import About, ArrayRaster, Raster
 from foveate.io.spacing import Real, choose
+from foveate.io.tiff import check_pages
 from foveate.io.tile_cache import TileCache
 from foveate.io.tiled import check_broken
 
@@ -118,6 +119,8 @@ def _vendor(path: Path, head: bytes) -> str | None:
         return None
     import openslide
 
+    if kind == "tiff":
+        check_pages(path)  # what OpenSlide is told to allocate, it allocates or ends the process
     try:
         vendor: str | None = openslide.OpenSlide.detect_format(path)
     except openslide.OpenSlideError:

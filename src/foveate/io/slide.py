@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foveate.io.guard import one_line, undecodable
+from foveate.io.guard import bad_file, one_line, undecodable
 from foveate.io.raster import About
 from foveate.io.spacing import Real, choose
 from foveate.io.tile_cache import TileCache, check_unchanged, forget, handle, stamp_of
@@ -50,6 +50,8 @@ class SlideRaster(TiledRaster):
             claims = [("vendor", float(said["openslide.mpp-y"]), float(said["openslide.mpp-x"]))]
         size = choose(claims, mpp=mpp, spacing=spacing)
         levels = tuple((int(high), int(wide)) for wide, high in slide.level_dimensions)
+        if min(map(min, levels)) < 1:
+            raise bad_file(path, f"declares levels of {levels} pixels; every side must be at least 1")
         tiles = tuple(_tile(said, number) for number in range(len(levels)))
         about = About(f"OpenSlide ({said.get('openslide.vendor')})", reason, size.origin, size.notes)
         facts = Facts(levels, tiles, 3, np.dtype(np.uint8), 255.0, size.spacing, about, stamp)

@@ -22,7 +22,8 @@ _CHANNEL = {"C": "C", "S": "C"}
 _SLIDES = {"svs", "ndpi", "scn", "bif", "philips", "avs", "qpi", "ventana"}
 _MAX_PAGES = 65536
 _MAX_TAGS = 4096
-_SUB_PAGES = 330
+_SUB_PAGES, _TILE_WIDTH, _TILE_LENGTH, _HAMAMATSU = 330, 322, 323, 65420
+_LARGEST_TILE = 2**26  # pixels of one tile of any page, which some decoders allocate unseen
 _TAG_SIZE = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8, 0])  # bytes by type of tag
 MAX_TILE = 2**24  # samples of one storage block that need no larger image around them
 
@@ -60,6 +61,20 @@ def read_tiff(path: Path, *, axes: str | None, max_pixels: int, want: Want) -> t
     return pixels, names, orientation if 1 <= orientation <= 8 and "D" not in names else 1
 
 
+def check_pages(path: Path) -> None:
+    """As ``check_chain``, for callers that do not yet expect damage.
+
+    Raises:
+        FormatError: the chain is cut off, runs in a circle, or has too many pages or absurd tiles.
+    """
+    try:
+        check_chain(path)
+    except FoveateError:
+        raise
+    except DECODER_ERRORS as error:
+        raise undecodable(path, "tiff", error) from None
+
+
 def check_chain(path: Path) -> None:
     """Walks the pages, their tags and their sub-pages once, before a decoder does.
 
@@ -77,7 +92,8 @@ def check_chain(path: Path) -> None:
         entry = np.dtype(
             [("tag", f"{order}u2"), ("kind", f"{order}u2")] + [(f, order + word) for f in ("count", "value")]
         )
-        (first,) = struct.unpack_from(order + offset, head, 8 if big else 4)
+        wide = big or (file_size > 2**32 and order == "<")  # a plain TIFF above 4 GiB can only be Hamamatsu's
+        (first,) = struct.unpack_from(order + ("Q" if wide else "I"), head, 8 if big else 4)
         waiting = [(first, True)]
         seen: set[int] = set()
         while waiting:
@@ -91,11 +107,14 @@ def check_chain(path: Path) -> None:
             file.seek(at)
             (number,) = struct.unpack(order + count, file.read(struct.calcsize(count)))
             tags = np.frombuffer(file.read(min(number, _MAX_TAGS) * entry.itemsize), entry, min(number, _MAX_TAGS))
-            (after,) = struct.unpack(order + offset, file.read(struct.calcsize(offset)))
+            wide = big or _HAMAMATSU in tags["tag"]
+            (after,) = struct.unpack(order + ("Q" if wide else "I"), file.read(8 if wide else 4))
             sizes = tags["count"].astype(np.float64) * _TAG_SIZE[np.minimum(tags["kind"], len(_TAG_SIZE) - 1)]
             apart = sizes > struct.calcsize(offset)
-            if (tags["value"][apart].astype(np.float64) + sizes[apart] > file_size).any():
+            starts = tags["value"][apart].astype(np.float64) * (big or not wide)  # Hamamatsu's lack their upper half
+            if (starts + sizes[apart] > file_size).any():
                 raise undecodable(path, "tiff", EOFError("the description of a page lies past the end of the file"))
+            _check_tile(path, tags, order)
             waiting.append((after if in_chain else 0, True))
             sub = tags[tags["tag"] == _SUB_PAGES][:1]
             for length, kind in zip(sub["count"].tolist(), sub["kind"].tolist(), strict=True):
@@ -106,6 +125,17 @@ def check_chain(path: Path) -> None:
                     raw = file.read(min(length, _MAX_PAGES) * size)
                 starts = np.frombuffer(raw, f"{order}u{size}")[:length].tolist()
                 waiting += [(start, False) for start in starts]
+
+
+def _check_tile(path: Path, tags: Array, order: str) -> None:
+    """Refuses tiles that nobody could mean; the tags are those of one page, as stored."""
+    sides = []
+    for name in (_TILE_LENGTH, _TILE_WIDTH):
+        tag = tags[tags["tag"] == name][:1]
+        raw = tag["value"].tobytes()
+        sides += [int(np.frombuffer(raw, order + ("u2" if kind == 3 else "u4"))[0]) for kind in tag["kind"]]
+    if prod(sides) > _LARGEST_TILE:
+        raise bad_file(path, f"declares tiles of {' x '.join(map(str, sides))} pixels; export the file again")
 
 
 def _single_series(path: Path, file: Any) -> Any:

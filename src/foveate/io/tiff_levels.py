@@ -4,6 +4,7 @@ tifffile reads the tags and decodes single tiles; which pages are levels, what m
 stand for is decided here.
 """
 
+import struct
 import threading
 from dataclasses import dataclass, replace
 from math import prod
@@ -26,6 +27,7 @@ Array = NDArray[Any]
 _PLAIN_COLOURS = (1, 2, 6)  # black is zero, RGB, YCbCr (which the JPEG decoder turns into RGB)
 _WHITE_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 2, 3, 5, 6
 _JPEG = (7, 33007)
+_FRAME_STARTS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _APERIO_YCBCR = 33003
 _NODATA = 42113
 _ALPHA = (1, 2)
@@ -166,6 +168,8 @@ def _plane(file: DiskFile, table: _Level, plane: int, row: int, column: int) -> 
     if table.bands:
         height = min(table.tile[0], table.shape[0] - row * table.tile[0])
         return np.frombuffer(data, frame.dtype).reshape(height, table.shape[1], -1)
+    if (declared := _declared(data)) > 2 * prod(table.tile):
+        raise ValueError(f"it declares {declared} pixels in a tile of {prod(table.tile)}")
     options: dict[str, Any] = {"_fullsize": frame.is_tiled}
     if frame.compression in _JPEG:
         if b"\xff\xd9" not in data[-64:]:
@@ -173,6 +177,18 @@ def _plane(file: DiskFile, table: _Level, plane: int, row: int, column: int) -> 
         options["jpegtables"] = table.tables[plane]
     pixels, _, _ = frame.decode(data, int(table.indices[plane, row, column]), **options)
     return np.asarray(pixels[0])
+
+
+def _declared(data: bytes) -> int:
+    """Pixels that a JPEG or JPEG 2000 stream claims to hold, which its decoder would allocate; 0 for other streams."""
+    if data[:4] == b"\xff\x4f\xff\x51":
+        return prod(struct.unpack_from(">II", data, 8))
+    at = 2
+    while data[:2] == b"\xff\xd8" and at + 9 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] in _FRAME_STARTS:
+            return prod(struct.unpack_from(">HH", data, at + 5))
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0
 
 
 def _as_shown(path: Path, tile: Array, frame: _Frame, want: Want, channels: int) -> Array:
@@ -226,7 +242,9 @@ def _layout_of(path: Path, file: Any, want: Want) -> TiffLayout:
     if first.dtype is None or first.dtype.kind not in "biuf":
         raise bad_file(path, f"holds {first.dtype} values; give integers or floats")
     candidates = [list(one.pages) for one in series.levels]
-    if series.kind in ("generic", "uniform", "shaped"):
+    if series.kind == "svs":
+        candidates = [[page] for page in file.pages]
+    elif series.kind in ("generic", "uniform", "shaped"):
         candidates += [list(one.pages) for one in all_series if one is not series and one.keyframe.is_reduced]
     levels, notes = _levels_of(path, candidates)
     channels = sum(page.keyframe.samplesperpixel for page in series.pages)
