@@ -95,3 +95,32 @@ def label_paint(pixels, halo, row, single, start, size, stop, which, origin, out
                         if c == 0 or value > best[x]:
                             best[x] = value
                             label[x] = c
+
+
+@njit(cache=True, nogil=True)
+@no_type_check
+def count_votes(mask, origin, start, kind, first, count, weight, ignore, which, votes):
+    """Add the labels of a window to the samples they lie in: ``votes [L, K, *P]``, see `kernels_patches.mask_gather`.
+
+    Returns -1, or the first label that is neither a class nor ``ignore``, less one when it is negative.
+    """
+    num_classes, pz, py, px = votes.shape[1:]
+    for leaf in which:
+        z0, y0, x0 = start[leaf, 0] - origin[0], start[leaf, 1] - origin[1], start[leaf, 2] - origin[2]
+        uz, uy, ux = kind[leaf, 0], kind[leaf, 1], kind[leaf, 2]
+        for k in range(pz):
+            za = z0 + first[0, uz, k]
+            for z in range(max(za, 0), min(za + count[0, uz, k], mask.shape[0])):
+                for i in range(py):
+                    ya = y0 + first[1, uy, i]
+                    for y in range(max(ya, 0), min(ya + count[1, uy, i], mask.shape[1])):
+                        w_zy = weight[0, uz, k, z - za] * weight[1, uy, i, y - ya]
+                        for j in range(px):
+                            xa = x0 + first[2, ux, j]
+                            for x in range(max(xa, 0), min(xa + count[2, ux, j], mask.shape[2])):
+                                label = np.int64(mask[z, y, x])
+                                if 0 <= label < num_classes:
+                                    votes[leaf, label, k, i, j] += w_zy * weight[2, ux, j, x - xa]
+                                elif label != ignore:
+                                    return label if label >= 0 else label - 1
+    return -1

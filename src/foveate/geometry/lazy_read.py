@@ -30,6 +30,11 @@ class Counter:
     pixels: list[int]
     tiles: list[int]
 
+    @classmethod
+    def of(cls, source: Source) -> "Counter":
+        """Nothing yet."""
+        return cls([0] * len(source.levels), [0] * len(source.levels))
+
 
 @dataclass(frozen=True, eq=False)
 class Stack:
@@ -81,6 +86,12 @@ class Stack:
         return inside
 
 
+def whole_steps(source: Source) -> dict[int, tuple[int, ...]]:
+    """The levels whose downsample is a whole number along each axis, with that."""
+    steps = [tuple(round(by) for by in down) for down in source.downsamples]
+    return {i: step for i, step in enumerate(steps) if step == tuple(source.downsamples[i])}
+
+
 def level_shape(source: Source, step: Sequence[int]) -> tuple[int, ...]:
     """Pixels of a level with a whole downsample ``step``, the last one along each axis perhaps not all image."""
     return tuple(-(-full // by) for full, by in zip(source.shape, step, strict=True))
@@ -89,14 +100,14 @@ def level_shape(source: Source, step: Sequence[int]) -> tuple[int, ...]:
 def read_level(source: Source, level: int, step: Sequence[int], count: Counter) -> Stack:
     """The whole level as one cell."""
     full = level_shape(source, step)
-    tiles = list(_tiles(source, level, full))
+    tiles = list(tiles_of(source, level, full))
     if len(tiles) == 1:
-        pixels = _decode(source, level, step, tiles[0], count)
+        pixels = decode(source, level, step, tiles[0], count)
     else:
         pixels = _empty(source, full)
         for start, stop in tiles:
             area = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-            pixels[(slice(None), *area)] = _decode(source, level, step, (start, stop), count)
+            pixels[(slice(None), *area)] = decode(source, level, step, (start, stop), count)
     return Stack(pixels, np.zeros((1, len(full)), np.int64), full, full, 0)
 
 
@@ -128,12 +139,12 @@ def read_cells(
             slots[tuple(cells[part].T)] = len(where) + np.arange(len(part))
             where += [(stack, place) for place in range(len(part))]
             stacks.append(stack)
-    for start, stop in _tiles(source, level, tuple(int(n) for n in full)):
+    for start, stop in tiles_of(source, level, tuple(int(n) for n in full)):
         near = tuple(slice(a // by, -(-b // by)) for a, b, by in zip(start, stop, size, strict=True))
         found = slots[near]
         if (found < 0).all():
             continue
-        tile = _decode(source, level, step, (start, stop), count)
+        tile = decode(source, level, step, (start, stop), count)
         for slot in found[found >= 0]:
             _copy(tile, (start, stop), *where[slot])
     return stacks
@@ -156,7 +167,7 @@ def _empty(source: Source, shape: Sequence[int]) -> NDArray[Any]:
     return np.empty((source.channels, *shape), source.dtype.newbyteorder("="))
 
 
-def _tiles(source: Source, level: int, full: tuple[int, ...]) -> Iterator[Span]:
+def tiles_of(source: Source, level: int, full: tuple[int, ...]) -> Iterator[Span]:
     """The storage tiles of a level in raster order; the last one along an axis reaches to the image's end."""
     stored, tile = source.levels[level], source.tile_shape(level)
     for at in product(*(range(-(-side // step)) for side, step in zip(stored, tile, strict=True))):
@@ -170,7 +181,8 @@ def _tiles(source: Source, level: int, full: tuple[int, ...]) -> Iterator[Span]:
         )
 
 
-def _decode(source: Source, level: int, step: Sequence[int], span: Span, count: Counter) -> NDArray[Any]:
+def decode(source: Source, level: int, step: Sequence[int], span: Span, count: Counter) -> NDArray[Any]:
+    """The pixels ``[C, *B]`` of a tile, and what that took."""
     start, stop = (tuple(at * by for at, by in zip(side, step, strict=True)) for side in span)
     box = (start, tuple(min(at, full) for at, full in zip(stop, source.shape, strict=True)))
     stored = [min(b, side) - a for a, b, side in zip(*span, source.levels[level], strict=True)]

@@ -18,7 +18,7 @@ from foveate.geometry.detail import Detail, Residual
 from foveate.geometry.image import as_image, as_volume
 from foveate.geometry.kernels_tree import SCALE
 from foveate.geometry.lazy_promise import promising
-from foveate.geometry.lazy_read import Counter, Stack, level_shape, read_cells, read_level
+from foveate.geometry.lazy_read import Counter, Stack, level_shape, read_cells, read_level, whole_steps
 from foveate.geometry.leaves import Leaves
 from foveate.geometry.patches import patchify
 from foveate.geometry.pyramid import (
@@ -54,20 +54,16 @@ class Stage:
 
 def plan_stages(source: Source, sizes: Sizes, patch_size: Sequence[int]) -> list[Stage]:
     """Which level serves which scales, coarsest first: the coarsest whose pixels divide the samples of the leaves."""
-    steps = [tuple(round(by) for by in down) for down in source.downsamples]
-    whole = [step == tuple(down) for step, down in zip(steps, source.downsamples, strict=True)]
+    steps = whole_steps(source)
     stages: list[Stage] = []
     for k, extent in reversed(list(enumerate(sample_sizes(sizes, patch_size)))):
         per_axis = list(zip(extent[3 - len(patch_size) :], sizes[k], patch_size, strict=True))
-        level = max(
-            i
-            for i, step in enumerate(steps)
-            if i == 0
-            or (
-                whole[i]
-                and all(by == 1 or e % by == s % (p * by) == 0 for by, (e, s, p) in zip(step, per_axis, strict=True))
-            )
-        )
+        fits = [
+            level
+            for level, step in steps.items()
+            if all(by == 1 or e % by == s % (p * by) == 0 for by, (e, s, p) in zip(step, per_axis, strict=True))
+        ]
+        level = max(fits)
         if stages and stages[-1].level == level:
             stages[-1] = Stage(level, steps[level], k, stages[-1].high)
         else:
@@ -84,7 +80,7 @@ class Growth:
         self.source, self.sizes, self.options = source, sizes, options
         self.prior, self.weight = prior, weight
         self.stages = plan_stages(source, sizes, options.patch_size)
-        self.count = Counter([0] * len(source.levels), [0] * len(source.levels))
+        self.count = Counter.of(source)
         self.held: list[tuple[Stage, list[Stack]]] = []
         self._dims = grid_dims(source.shape, sizes)
         self._ratios = split_ratios(sizes)
@@ -95,6 +91,12 @@ class Growth:
     def by_residual(self) -> Leaves:
         """Grow the tree that saves the most squared error, reading finer levels where they promise to save more."""
         stage = self.stages[0]
+        if math.prod(level_shape(self.source, stage.step)) > MOST_HELD:
+            raise BudgetError(
+                f"level {stage.level} of shape {self.source.levels[stage.level]} is the coarsest of use, above the "
+                f"{MOST_HELD} pixels that are read at once; make coarser ones (io.pyramid_cache.with_levels), of "
+                "downsamples 2^i, and let min_size be a multiple of patch_size"
+            )
         self._hold(stage, [read_level(self.source, stage.level, stage.step, self.count)], stage.high)
         for stage in self.stages[1:]:
             top = stage.high + 1
