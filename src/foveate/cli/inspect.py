@@ -57,7 +57,8 @@ def _inspect_image(args: argparse.Namespace) -> int:
     raster = open_raster(args.image, mpp=args.mpp, **most)
     say(f"{args.image}: {raster.channels} x {' x '.join(map(str, raster.shape))} {raster.dtype}")
     if type(raster) is not ArrayRaster or args.mpp is not None:
-        for line in describe(raster):
+        own = getattr(raster, "describe", None)
+        for line in own() if own else describe(raster):
             say(line)
     leaves, lines = (_cut_lazily if is_large(raster) else _cut)(raster, args)
     for line in lines:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foveate.geometry.rings import Polygons, Tracer
 from foveate.geometry.source import Box
 from foveate.io.raster import Raster
+from foveate.io.volume import Volume
 from foveate.tasks.metrics import tiles
 from foveate.tasks.outputs import HEATMAP, OVERLAY, PROBABILITY
 from foveate.tasks.painting import Painting
@@ -41,7 +43,10 @@ def write_outputs(
         if ending in (OVERLAY, HEATMAP):
             _write_view(painting, path, ending, native, names)
         elif ending == PROBABILITY:
-            (_write_chances if pyramids else _write_chances_whole)(painting, part, goal, names)
+            if pyramids:
+                _write_chances(painting, part, goal, names)
+            else:
+                _write_chances_whole(painting, path, native)
         elif ending == "ome.tif" or (ending == "tif" and pyramids):
             _write_pyramid(painting, part, goal, "ome" if ending == "ome.tif" else "tiff", outlines)
         elif outlines and ending.startswith("geojson"):
@@ -113,22 +118,29 @@ def _write_chances(painting: Painting, part: Part, goal: Path, names: Sequence[s
     )
 
 
-def _write_chances_whole(painting: Painting, part: Part, goal: Path, names: Sequence[str]) -> None:
-    """Probabilities as float16, not compressed: only then can they be written tile by tile without a pyramid."""
+def _write_chances_whole(painting: Painting, path: Path, native: Raster) -> None:
+    """Probabilities as float16; those of an image not compressed, for only then can tiles be written as they come."""
+    shape = (painting.num_classes, *painting.shape)
+    if isinstance(native, Volume):
+        from foveate.io.write import write_probability
+
+        held = np.empty(shape, np.float16)
+        _fill(held, painting)
+        write_probability(path, np.stack([native.to_native(chance) for chance in held]))
+        return
     import tifffile
 
-    shape = (len(names), *painting.shape)
-    chances = tifffile.memmap(
-        part.path(goal),
-        shape=shape,
-        dtype=np.float16,
-        photometric="minisblack",
-        metadata={"axes": "CYX" if len(shape) == 3 else "CZYX"},
-        bigtiff=2 * math.prod(shape) > 2**31,
+    axes = {"axes": "CYX" if len(shape) == 3 else "CZYX"}
+    big = 2 * math.prod(shape) > 2**31
+    _fill(
+        tifffile.memmap(path, shape=shape, dtype=np.float16, photometric="minisblack", metadata=axes, bigtiff=big),
+        painting,
     )
+
+
+def _fill(chances: NDArray[np.float16], painting: Painting) -> None:
     for box in tiles(painting.shape):
         chances[(slice(None), *map(slice, *box))] = painting.probability(box)
-    chances.flush()
 
 
 def _write_geojson(outlines: _Outlines, path: Path, painting: Painting, names: Sequence[str]) -> None:
@@ -138,20 +150,24 @@ def _write_geojson(outlines: _Outlines, path: Path, painting: Painting, names: S
 
 
 def _write_whole(painting: Painting, path: Path, ending: str, native: Raster) -> None:
-    if ending == "zarr":
-        from foveate.io.ngff_write import write_labels_zarr
-
-        write_labels_zarr(path, painting.tile, shape=painting.shape, spacing=painting.spacing)
-    elif ending == "nii.gz":
-        from foveate.io.volume import Volume
+    """Labels in the grid that the input stores."""
+    if ending == "nii.gz":
         from foveate.io.write_volume import write_volume
 
         like = native if isinstance(native, Volume) else None
         write_volume(path, painting.labels.numpy(), like, spacing=None if like else painting.spacing)
+    elif ending == "zarr":
+        from foveate.io.ngff_write import write_labels_zarr
+
+        if isinstance(native, Volume):
+            write_labels_zarr(path, native.to_native(painting.labels.numpy()), spacing=native.grid.spacing)
+        else:
+            write_labels_zarr(path, painting.tile, shape=painting.shape, spacing=painting.spacing)
     else:
         from foveate.io.write import write_mask
 
-        write_mask(path, painting.labels.numpy())
+        labels = painting.labels.numpy()
+        write_mask(path, native.to_native(labels) if isinstance(native, Volume) else labels)
 
 
 def _write_view(painting: Painting, path: Path, ending: str, native: Raster, names: Sequence[str]) -> None:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
+from foveate.geometry.labels import LabelPainter
 from foveate.geometry.leaves import Leaves
-from foveate.geometry.paint import unpatchify
 from foveate.geometry.source import Box
 from foveate.tasks.figures import IGNORE
 from foveate.tasks.metrics import tiles
@@ -48,7 +48,8 @@ class Painting:
 
     def tile(self, box: Box) -> UInt8[np.ndarray, "*B"] | int:
         """The class of every pixel of a box, as one number where they are all the same."""
-        tile = self._painter.tile(box)
+        found = self._painter.tile(box)
+        tile = found if isinstance(found, int) else found.numpy()
         hidden = [part for part in self.unknown if _meet(part, box)]
         if not hidden:
             return tile
@@ -59,7 +60,7 @@ class Painting:
 
     def probability(self, box: Box) -> Float32[np.ndarray, "K *B"]:
         """The probability of every class at every pixel of a box."""
-        return self._painter.probability(box)
+        return self._painter.probability(box).numpy()
 
     @cached_property
     def labels(self) -> UInt8[Tensor, "*S"]:
@@ -73,41 +74,3 @@ class Painting:
 
 def _meet(one: Box, other: Box) -> bool:
     return all(a < d and c < b for a, b, c, d in zip(*one, *other, strict=True))
-
-
-class LabelPainter:
-    """Stands in."""
-
-    def __init__(self, values: Tensor, leaves: Leaves, shape: tuple[int, ...]) -> None:
-        self.args = values, leaves, shape
-
-    def tile(self, box: Box) -> UInt8[np.ndarray, "*B"] | int:
-        """Labels."""
-        return _paint_tile(*self.args, box).argmax(0).to(torch.uint8).numpy()
-
-    def probability(self, box: Box) -> Float32[np.ndarray, "K *B"]:
-        """Chances."""
-        return _paint_tile(*self.args, box).softmax(0).numpy()
-
-
-def _paint_tile(values: Tensor, leaves: Leaves, shape: tuple[int, ...], box: Box) -> Tensor:
-    if tuple(leaves.shape) == shape:
-        return unpatchify(values, leaves, mode="smooth", box=box)
-    # linear interpolation about pixel centres, as torch's `interpolate` does it, but of this tile alone
-    low, high, share, start, stop = [], [], [], [], []
-    for small, full, first, last in zip(leaves.shape, shape, *box, strict=True):
-        at = ((torch.arange(first, last) + 0.5) * (small / full) - 0.5).clamp(0, small - 1)
-        below = at.floor().long()
-        above = (below + 1).clamp(max=small - 1)
-        start.append(int(below[0]))
-        stop.append(int(above[-1]) + 1)
-        low.append(below - start[-1])
-        high.append(above - start[-1])
-        share.append(at - below)
-    tile = unpatchify(values, leaves, mode="smooth", box=(tuple(start), tuple(stop)))
-    for axis, (below, above, part) in enumerate(zip(low, high, share, strict=True), start=1):
-        view = [1] * tile.ndim
-        view[axis] = -1
-        weight = part.view(view).to(tile.dtype)
-        tile = tile.index_select(axis, below) * (1 - weight) + tile.index_select(axis, above) * weight
-    return tile

@@ -39,18 +39,19 @@ def plane_of(shape: Sequence[int]) -> tuple[int, ...]:
     return (shape[0] // 2,) if len(shape) == 3 else ()
 
 
-def overview(source: Source, side: int = SIDE) -> Shaped[np.ndarray, "C H W"]:
+def overview(source: Source, side: int | None = None) -> Shaped[np.ndarray, "C H W"]:
     """The whole image, or the middle plane of a volume, with at most ``side`` pixels a side, in its own type.
 
     Args:
         source: Image of any size.
-        side: Longest side in pixels; an image that is smaller stays as it is.
+        side: Longest side in pixels, `SIDE` by default; an image that is smaller stays as it is.
 
     Cost: Reads the coarsest level that is not smaller than the picture, in bands: pixels of that level as time, about
     2^26 values as memory.
     """
     import cv2
 
+    side = side or SIDE
     wanted = [at for at, shape in enumerate(source.levels) if max(shape[-2:]) >= side]
     level = wanted[-1] if wanted else 0
     shape, down = source.levels[level][-2:], source.downsamples[level]
@@ -114,7 +115,8 @@ def heatmap(native: Source, painting: Painting, names: Sequence[str], side: int 
         chances = coarse_probability(painting.values, painting.leaves, height, width).numpy()
     shown = [heat_overlay(picture, chance) for chance in chances[1:]]
     sides = " x ".join(map(str, native.shape))
-    return panel([[picture, *shown]], [f"image\n{sides}", *names[1:]], side=max(picture.shape), note=HEAT_NOTE)
+    titles = [f"image\n{sides}", *names[1:]]
+    return panel([[picture, *shown]], titles, side=max(512, *picture.shape), note=HEAT_NOTE)
 
 
 def _plane_box(shape: Sequence[int]) -> Box:
