@@ -93,7 +93,7 @@ def test_storage_makes_no_difference(tmp_path: Path, options: dict[str, object])
 @pytest.mark.parametrize("options", [{"rowsperstrip": 7}, {"rowsperstrip": 7, "compression": "zlib"}, {}])
 def test_large_flat_files_are_read_by_strip(tmp_path: Path, monkeypatch, dtype: str, options) -> None:
     monkeypatch.setattr(choose, "_READ_AT_ONCE", 1000)
-    monkeypatch.setattr("foveate.io.tiff_levels._BAND", 4096)
+    monkeypatch.setattr("foveate.io.tiff_layout._BAND", 4096)
     image = picture(90, 133, dtype=dtype)
     tifffile.imwrite(tmp_path / "a.tif", image, **options)
     raster = open_raster(tmp_path / "a.tif")
@@ -243,9 +243,9 @@ def test_many_pages_and_absurd_sizes(tmp_path: Path) -> None:
 
 
 def test_one_block_of_a_whole_slide_is_refused(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("foveate.io.tiff_levels.MAX_TILE", 1000)
+    monkeypatch.setattr("foveate.io.tiff_layout.MAX_TILE", 1000)
     write_plain(tmp_path / "a.tif", picture(100, 100))
-    from foveate.io.tiff_levels import read_layout
+    from foveate.io.tiff_layout import read_layout
 
     with pytest.raises(FormatError, match=r"stores 64 x 64 pixels in one block, above 1000 .*save it again in tiles"):
         read_layout(tmp_path / "a.tif")

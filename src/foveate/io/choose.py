@@ -62,7 +62,8 @@ def _open_tiff(
     want: Want,
 ) -> Raster:
     """By tile where it is a slide or large, else at once, with all the checks of ordinary images."""
-    from foveate.io.tiff_levels import TiffRaster, read_layout
+    from foveate.io.tiff_layout import read_layout
+    from foveate.io.tiff_levels import TiffRaster
 
     try:
         layout = read_layout(path, want)
