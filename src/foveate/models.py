@@ -23,8 +23,12 @@ from foveate.geometry.paint import unpatchify
 from foveate.geometry.patches import Patches, patchify
 from foveate.geometry.tree import adaptive_leaves
 from foveate.io.write import atomic_write
+from foveate.nn.assembler import COMPLETIONS, TokenAssembler
 from foveate.nn.decoder import LinearDecoder, TokenDecoder
-from foveate.nn.encoder import Encoder, EncoderConfig, EncoderProtocol, enough_rows
+from foveate.nn.encoder import Block, Encoder, EncoderConfig, EncoderProtocol, enough_rows
+from foveate.nn.pruner import AS_TRAINED, Pruning, TokenPruner
+from foveate.nn.scorer import TokenScorer
+from foveate.nn.trail import Scores
 from foveate.nn.unetr import DenseDecoder
 from foveate.nn.weights import load_weights
 
@@ -43,6 +47,12 @@ class ModelConfig(EncoderConfig):
     """``token`` (multi-scale, in token space), ``linear`` (per leaf) or ``unetr`` (the dense reference)."""
     decoder_width: int = 16
     """Channels of the decoder at full resolution."""
+    scorer: str = "light"
+    """Token importance where tokens are pruned: ``light``, or ``published`` (19 times as costly)."""
+    estimator: str = "threshold"
+    """Gradient of the choice of tokens: ``threshold``, or ``softmax`` (published)."""
+    completion: str = "cross"
+    """How pruned tokens catch up before decoding: ``cross``, ``none``, ``block`` (published) or ``mask``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +63,9 @@ class ModelConfig(EncoderConfig):
                 f"num_classes={self.num_classes}, decoder_width={self.decoder_width}: both must be at least 1; "
                 "give positive whole numbers"
             )
+        for name, known in (("scorer", ("light", "published")), ("completion", COMPLETIONS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}; choose one")
 
 
 def _named() -> dict[str, ModelConfig]:
@@ -63,6 +76,8 @@ def _named() -> dict[str, ModelConfig]:
         for decoder, suffix in (("token", ""), ("linear", "_linear"), ("unetr", "_unetr")):
             models[f"apf_vit_{size}{suffix}"] = replace(plane, decoder=decoder)
             models[f"apf_vit_{size}_3d{suffix}"] = replace(volume, decoder=decoder)
+        for dims, base in (("", plane), ("_3d", volume)):
+            models[f"scd_vit_{size}{dims}"] = replace(base, prune_after=(2, 5, 8), keep_ratio=(0.5, 0.25, 0.25))
     return models
 
 
@@ -94,12 +109,15 @@ def create_config(name: str, **overrides: Any) -> ModelConfig:
             raise ConfigError(
                 f"{key!r} is no field of a model{_close(key, known)}; fields are {', '.join(sorted(known))}"
             )
-    if isinstance(overrides.get("out_blocks"), list):
-        overrides["out_blocks"] = tuple(overrides["out_blocks"])
     try:
-        return replace(models[name], **overrides)
+        return replace(models[name], **_as_tuples(overrides))
     except TypeError as error:
         raise ConfigError(f"{name} with {overrides}: a value has the wrong type ({error}); give numbers") from None
+
+
+def _as_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists, as JSON and YAML have them, as the tuples that a frozen configuration holds."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def build_model(config: ModelConfig) -> "SegmentationModel":
@@ -114,7 +132,22 @@ def build_model(config: ModelConfig) -> "SegmentationModel":
         num_hidden=encoder.num_hidden,
         channels=config.decoder_width,
     )
-    return SegmentationModel(config, encoder, decoder)
+    for block in config.prune_after:
+        scorer = TokenScorer(config.width, published=config.scorer == "published")
+        encoder.add_pruner(block, TokenPruner(scorer, config.estimator))
+    return SegmentationModel(config, encoder, decoder, _assembler(config) if config.prune_after else None)
+
+
+def _assembler(config: ModelConfig) -> TokenAssembler:
+    whole = config.completion in ("block", "mask")
+    return TokenAssembler(
+        num_dims=config.num_dims,
+        width=config.width,
+        num_heads=config.num_heads,
+        num_stages=len(config.prune_after),
+        completion=config.completion,
+        block=Block(config.width, config.num_heads, config.mlp_ratio, config.layer_scale) if whole else None,
+    )
 
 
 def create_model(
@@ -160,25 +193,43 @@ class SegmentationModel(nn.Module):
         config: what was built; saved beside the weights.
         encoder: any ``EncoderProtocol`` module.
         decoder: takes the encoder's hidden states and the patches.
+        assembler: brings pruned tokens back, where the encoder prunes.
     """
 
-    def __init__(self, config: ModelConfig, encoder: EncoderProtocol, decoder: nn.Module) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        encoder: EncoderProtocol,
+        decoder: nn.Module,
+        assembler: TokenAssembler | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.encoder = encoder
         self.decoder = decoder
+        self.assembler = assembler
 
-    def forward(self, patches: Patches) -> Float[Tensor, "T K *P"]:
+    def forward(
+        self, patches: Patches, pruning: Pruning | None = None, *, scores: list[Scores] | None = None
+    ) -> Float[Tensor, "T K *P"]:
         """Logits per class and sample, packed as the patches; an image's logits do not depend on its company.
 
-        In evaluation on the CPU that holds to the bit (measured with one and two threads).
+        In evaluation on the CPU that holds to the bit (measured with one and two threads), where nothing is pruned.
 
         Args:
             patches: pixels normalised as in training.
+            pruning: how to prune in this call, where the encoder does; None: as configured, without noise.
+            scores: receives what each prune point thought of its tokens, for a loss on them.
         """
         num_patches = len(patches.pixels)
         patches = patches if self.training else enough_rows(patches)
-        logits: Tensor = self.decoder(self.encoder(patches).hidden, patches)
+        out = self.encoder(patches) if self.assembler is None else self.encoder(patches, pruning or AS_TRAINED)
+        hidden = out.hidden
+        if self.assembler is not None:
+            hidden = (*hidden[:-1], self.assembler(out.parts, patches))
+        if scores is not None:
+            scores += out.scores
+        logits: Tensor = self.decoder(hidden, patches)
         return logits[:num_patches]
 
     @torch.no_grad()
@@ -244,10 +295,8 @@ class SegmentationModel(nn.Module):
         unknown = sorted(set(values) - {field.name for field in fields(ModelConfig)})
         if unknown:
             raise FormatError(f"{path}: unknown fields {', '.join(unknown)}; it was written by another version")
-        if isinstance(values.get("out_blocks"), list):
-            values["out_blocks"] = tuple(values["out_blocks"])
         try:
-            model = build_model(ModelConfig(**values))
+            model = build_model(ModelConfig(**_as_tuples(values)))
         except (ConfigError, TypeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise FormatError(

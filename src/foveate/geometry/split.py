@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
-from foveate.errors import BudgetError, ShapeError
+from foveate.errors import BudgetError, ConfigError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,19 +122,24 @@ def soft_topk(
     *,
     tau: float = 1.0,
     noise: torch.Generator | None = None,
+    noise_scale: float = 1.0,
+    estimator: str = "softmax",
     valid: Bool[Tensor, "B L"] | None = None,
 ) -> tuple[Split, Float[Tensor, "B L"]]:
     """Keep the ``keep`` highest-scoring tokens, with a gradient through the choice.
 
-    The forward value is the hard top-k; the backward value is the softmax of the scores, so a token that was pruned
-    still tells the scorer that it was undervalued.
+    The forward value is the hard top-k; the backward value is a soft one, so a token that was pruned still tells the
+    scorer that it was undervalued.
 
     Args:
         score_BL: importance of each token, any real number.
         keep: tokens to keep per image, ``1 <= keep <= L``.
-        tau: softmax temperature, > 0, dimensionless. Lower is closer to the hard choice.
+        tau: temperature of the soft choice, > 0, in units of the score. Lower is closer to the hard choice.
         noise: where given, Gumbel noise from this generator is added to the scores, so that training explores; the
             generator lives on the device of the scores.
+        noise_scale: factor on the noise, >= 0.
+        estimator: "softmax": the soft choice is the softmax over the image (published; its gradient falls with 1 / L).
+            "threshold": the sigmoid of a score's distance to the last kept one, whose gradient does not.
         valid: False on padding, which has gate 0 and no gradient, and is kept only when an image has nothing else.
 
     Returns:
@@ -142,7 +147,8 @@ def soft_topk(
         ``gate`` and pruned ones by ``1 - gate`` to pass the gradient.
 
     Raises:
-        BudgetError: ``keep`` is not in ``[1, L]`` or ``tau`` is not positive; as in ``topk``.
+        BudgetError: ``keep`` is not in ``[1, L]``, ``tau`` is not positive or ``noise_scale`` negative; as in ``topk``.
+        ConfigError: an unknown estimator.
 
     Source: Zhou et al., IPMI 2023, arXiv 2303.06522, soft top-k token pruning.
     Differs from the released code: ``keep`` is a count, not a ratio; ties go to the earlier position; noise only from
@@ -150,16 +156,24 @@ def soft_topk(
     """
     if not tau > 0:
         raise BudgetError(f"tau={tau} must be positive; 1.0 is usual, lower is closer to the hard choice")
+    if not noise_scale >= 0:
+        raise BudgetError(f"noise_scale={noise_scale} must be at least 0; 1.0 is the published noise, 0 is none")
+    if estimator not in ("softmax", "threshold"):
+        raise ConfigError(f"estimator={estimator!r} is neither 'softmax' nor 'threshold'; choose one")
     if noise is not None:
         uniform = torch.empty_like(score_BL).exponential_(generator=noise)
-        score_BL = score_BL - uniform.clamp(min=torch.finfo(uniform.dtype).tiny).log()
+        score_BL = score_BL - noise_scale * uniform.clamp(min=torch.finfo(uniform.dtype).tiny).log()
     split = topk(score_BL, keep, valid=valid)
     hard = torch.zeros_like(score_BL).scatter(1, split.kept, 1.0)
     logit = score_BL.float() / tau
     if valid is not None:
         hard = hard * valid
         logit = logit.masked_fill(~valid, torch.finfo(torch.float32).min)
-    soft = logit.softmax(dim=1).to(score_BL.dtype)
+    if estimator == "softmax":
+        soft = logit.softmax(dim=1).to(score_BL.dtype)
+    else:
+        last = logit.detach().gather(1, split.kept).min(dim=1, keepdim=True).values
+        soft = (logit - last).sigmoid().to(score_BL.dtype)
     return split, hard + (soft - soft.detach())
 
 

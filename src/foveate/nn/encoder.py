@@ -8,7 +8,7 @@ from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -16,6 +16,8 @@ from foveate.errors import ConfigError
 from foveate.geometry.patches import Patches, pack
 from foveate.nn.attention import Attention, Packing, Rotate
 from foveate.nn.embed import GeometryEmbed, PatchEmbed, grid_weights, rotary_angles, rotate
+from foveate.nn.pruner import AS_TRAINED, KeepRatio, Pruned, Pruning, TokenPruner, keep_counts
+from foveate.nn.trail import Part, Scores, Trail
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +28,15 @@ class EncoderOutput:
         hidden: patch tokens behind each of ``out_blocks``, shallow to deep, in the order of the patches; the last has
             passed the final norm.
         prefix: class and register tokens of every image behind the final norm, ``[B, num_prefix, D]``.
+        parts: where the encoder prunes, the tokens that left at each prune point, then the rest behind the final norm;
+            ``hidden`` then holds, for a token that has left, the state that it left with.
+        scores: what each prune point thought of the tokens that reached it.
     """
 
     hidden: tuple[Float[Tensor, "T D"], ...]
     prefix: Float[Tensor, "B R D"]
+    parts: tuple[Part, ...] = ()
+    scores: tuple[Scores, ...] = ()
 
 
 @runtime_checkable
@@ -44,8 +51,8 @@ class EncoderProtocol(Protocol):
     patch_size: int
     num_hidden: int
 
-    def __call__(self, patches: Patches) -> EncoderOutput:
-        """Encode a pack."""
+    def __call__(self, patches: Patches, /, *pruning: Pruning) -> EncoderOutput:
+        """Encode a pack; an encoder that cannot prune is never told how to."""
 
 
 def evenly_spaced(depth: int, num: int = 4) -> tuple[int, ...]:
@@ -136,6 +143,11 @@ class EncoderConfig:
     """Turn queries and keys by the leaves' centres as well."""
     checkpoint: bool = False
     """Keep only the inputs of the blocks for the backward pass and compute the rest again."""
+    prune_after: tuple[int, ...] = ()
+    """Blocks behind which tokens are pruned, ascending, the last block not among them; (): nowhere."""
+    keep_ratio: KeepRatio = 0.25
+    """Share of the tokens that stays at each prune point, or the share of all tokens left after each; see
+    ``keep_counts``."""
     out_blocks: tuple[int, ...] | None = None
     """Blocks whose output the decoder reads, ascending, the last block among them; None: four, evenly spaced."""
 
@@ -151,6 +163,13 @@ class EncoderConfig:
                 f"out_blocks={blocks} must ascend within 0..{self.depth - 1} and end with {self.depth - 1}; "
                 "leave it out for four evenly spaced blocks"
             )
+        points = list(self.prune_after)
+        if points != sorted(set(points)) or any(not 0 <= point < self.depth - 1 for point in points):
+            raise ConfigError(
+                f"prune_after={self.prune_after} must ascend within 0..{self.depth - 2}, before the last of "
+                f"{self.depth} blocks; (2, 5, 8) suits 12 blocks"
+            )
+        keep_counts(1, self.keep_ratio, len(points) if points else 1)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -194,6 +213,7 @@ class Encoder(nn.Module):
             Block(width, config.num_heads, config.mlp_ratio, config.layer_scale) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pruners = nn.ModuleDict()  # by the block they prune behind; put there by `add_pruner`
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -206,61 +226,95 @@ class Encoder(nn.Module):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
 
-    def forward(self, patches: Patches) -> EncoderOutput:
+    def add_pruner(self, block: int, pruner: TokenPruner) -> None:
+        """Prune behind a block from now on."""
+        self.pruners[str(block)] = pruner
+
+    def forward(self, patches: Patches, pruning: Pruning = AS_TRAINED) -> EncoderOutput:
         """Encode a pack of images, each by itself.
+
+        Args:
+            patches: the pack.
+            pruning: how to prune in this call, where there are prune points.
 
         Raises:
             ShapeError: the patches do not fit the weights.
+            BudgetError: an impossible ``keep_ratio``.
         """
         config, whole = self.config, patches
-        patches = patches if self.training else enough_rows(patches)
+        patches = patches if self.training or len(self.pruners) else enough_rows(patches)
         x_TD = self.patch_embed(patches) + self._positions(patches) + self.geometry_embed(patches)
-        x_AD, rows_T, packing = self._with_prefix(x_TD, patches)
-        turn = self._turn(patches, rows_T, len(x_AD)) if config.rope else None
-        hidden = []
+        angles = rotary_angles(patches, self.width // config.num_heads) if config.rope else None
+        trail = Trail(patches.lengths, config.num_prefix, None, x_TD.device)
+        x_AD = trail.with_prefix(x_TD, self._prefix(x_TD).expand(patches.num_images, -1, -1))
+        packing, turn = trail.packing, _turn(angles, trail)
+        hidden, parts, scores = [], list[Part](), list[Scores]()
         for index, block in enumerate(self.blocks):
             if config.checkpoint and self.training:
                 x_AD = recompute(block, x_AD, packing, turn, use_reentrant=False)
             else:
                 x_AD = block(x_AD, packing, turn)
             if index in config.blocks[:-1]:
-                hidden.append(self._patch_tokens(x_AD, rows_T))
-        x_AD = self.norm(x_AD)
-        hidden.append(self._patch_tokens(x_AD, rows_T))
+                hidden.append(_whole(trail.part(trail.take_apart(x_AD)[0]), parts))
+            if str(index) in self.pruners:
+                x_AD, trail = self._prune(index, x_AD, trail, patches, pruning, parts, scores)
+                packing, turn = trail.packing, _turn(angles, trail)
+        x_KD, prefix = trail.take_apart(self.norm(x_AD))
+        last = trail.part(x_KD)
+        hidden.append(_whole(last, parts))
+        if parts:
+            parts.append(last)
         kept = tuple(x_TD[: len(whole.pixels)] for x_TD in hidden)
-        return EncoderOutput(kept, self._prefix_tokens(x_AD, packing)[: whole.num_images])
+        return EncoderOutput(kept, prefix[: whole.num_images], tuple(parts), tuple(scores))
+
+    def _prune(
+        self,
+        index: int,
+        x_AD: Tensor,
+        trail: Trail,
+        patches: Patches,
+        pruning: Pruning,
+        parts: list[Part],
+        scores: list[Scores],
+    ) -> tuple[Tensor, Trail]:
+        """Send tokens away behind a block; returns what goes on."""
+        stage, ratio = len(scores), pruning.keep_ratio or self.config.keep_ratio
+        keep = [keep_counts(length, ratio, len(self.pruners))[stage] for length in patches.lengths]
+        x_KD, prefix = trail.take_apart(x_AD)
+        pruned: Pruned = self.pruners[str(index)](x_KD, Packing(trail.lengths, x_KD.device), keep, pruning)
+        kept, gone = pruned.apply(x_KD)
+        scores.append(Scores(trail.positions, pruned.score, pruned.split.kept[0]))
+        parts.append(trail.left(pruned, gone))
+        after = trail.after(pruned)
+        return after.with_prefix(kept, prefix), after
 
     def _positions(self, patches: Patches) -> Tensor:
         table_GD = self.pos_embed[0, -(self.config.pos_grid**self.config.num_dims) :]
         return grid_weights(patches, self.config.pos_grid).to(table_GD.dtype) @ table_GD
 
-    def _prefix(self) -> Tensor | None:
+    def _prefix(self, like: Tensor) -> Tensor:
+        """Class and register tokens, ``[num_prefix, D]``."""
         tokens = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
         if not tokens:
-            return None
+            return like.new_zeros(0, self.width)
         prefix_RD = torch.cat(tokens)
-        return prefix_RD + self.pos_embed[0, : len(prefix_RD)] if self.config.embed_prefix else prefix_RD
+        prefix_RD = prefix_RD + self.pos_embed[0, : len(prefix_RD)] if self.config.embed_prefix else prefix_RD
+        return prefix_RD.to(like.dtype)
 
-    def _with_prefix(self, x_TD: Tensor, patches: Patches) -> tuple[Tensor, Int64[Tensor, " T"] | None, Packing]:
-        prefix_RD = self._prefix()
-        if prefix_RD is None:
-            return x_TD, None, Packing(patches.lengths, x_TD.device)
-        num_prefix, prefix_RD = len(prefix_RD), prefix_RD.to(x_TD.dtype)
-        parts = [part for image in x_TD.split(list(patches.lengths)) for part in (prefix_RD, image)]
-        packing = Packing(tuple(length + num_prefix for length in patches.lengths), x_TD.device)
-        image_T = torch.repeat_interleave(torch.arange(patches.num_images), torch.tensor(patches.lengths))
-        rows_T = torch.arange(len(x_TD)) + (image_T + 1) * num_prefix
-        return torch.cat(parts), rows_T.to(x_TD.device), packing
 
-    def _patch_tokens(self, x_AD: Tensor, rows_T: Tensor | None) -> Tensor:
-        return x_AD if rows_T is None else x_AD.index_select(0, rows_T)
+def _whole(alive: Part, gone: list[Part]) -> Tensor:
+    """Every token of the pack at its place: the alive ones, and the others as they were when they left."""
+    if not gone:
+        return alive.x
+    index = torch.cat([part.rows for part in (alive, *gone)])
+    inverse = torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
+    return torch.cat([part.x for part in (alive, *gone)]).index_select(0, inverse)
 
-    def _prefix_tokens(self, x_AD: Tensor, packing: Packing) -> Tensor:
-        num_prefix = self.config.num_prefix
-        return torch.stack([image[:num_prefix] for image in x_AD.split(list(packing.lengths))])
 
-    def _turn(self, patches: Patches, rows_T: Tensor | None, total: int) -> Rotate:
-        angles = rotary_angles(patches, self.width // self.config.num_heads)
-        if rows_T is not None:
-            angles = angles.new_zeros(total, angles.shape[1]).index_copy_(0, rows_T, angles)
-        return partial(rotate, angles_TF=angles)
+def _turn(angles_TF: Tensor | None, trail: Trail) -> Rotate | None:
+    """Rotation of the alive tokens; prefix tokens are not turned."""
+    if angles_TF is None:
+        return None
+    angles_KF = angles_TF if trail.rows is None else angles_TF.index_select(0, trail.rows)
+    still = angles_KF.new_zeros(len(trail.lengths), trail.num_prefix, angles_KF.shape[1])
+    return partial(rotate, angles_TF=trail.with_prefix(angles_KF, still))
