@@ -1,0 +1,74 @@
+"""What pruning is taught and how it is judged: which tokens the labels make worth keeping.
+
+Legend: T tokens of a pack, K classes (background first), P samples per side, B images.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from foveate.nn.trail import Scores
+
+INSIDE = 0.5
+"""Worth of a token that lies inside one class other than background: between that of an edge and of background."""
+
+
+def token_worth(soft: Float[Tensor, "T K *P"], weight: Float[Tensor, "T *P"]) -> Float[Tensor, " T"]:
+    """What the labels say a token is worth: 1 with a label edge in it, 1/2 inside a class, 0 in background.
+
+    Args:
+        soft: share of each class in every sample.
+        weight: labelled pixels under each sample; a token without any is worth -1, which means unknown.
+    """
+    area_T = weight.flatten(1).sum(1)
+    share_TK = (soft.flatten(2) * weight.flatten(1)[:, None]).sum(2) / area_T.clamp(min=1e-12)[:, None]
+    edge_T = share_TK.max(1).values < 1 - 1e-6
+    worth_T = torch.where(edge_T, 1.0, INSIDE * (share_TK[:, 0] < 0.5).float())
+    return torch.where(area_T > 0, worth_T, -1.0)
+
+
+def score_loss(scores: Sequence[Scores], worth: Float[Tensor, " T"], lengths: Sequence[int]) -> Float[Tensor, ""]:
+    """Binary cross entropy of the scores against what the tokens are worth, summed over images, meaned over stages.
+
+    Tokens worth something and tokens worth nothing count half each in every image, however few they are. Without such
+    a loss a score network hardly learns: through the choice alone its gradient is orders below that of the blocks.
+
+    Args:
+        scores: of every prune point.
+        worth: of every token of the pack, see `token_worth`.
+        lengths: tokens of each image.
+
+    Source: "patch contains foreground" as a target after HRViT (MICCAI 2025), on SCD, arXiv 2303.06522.
+    **Differs** from SCD, which trains its scores through the choice alone.
+    """
+    image_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(worth.device)
+    total = worth.new_zeros(())
+    for stage in scores:
+        target, image = worth.index_select(0, stage.rows), image_T.index_select(0, stage.rows)
+        known = (target >= 0).float()
+        losses = functional.binary_cross_entropy_with_logits(stage.score.float(), target.clamp(min=0), reduction="none")
+        for member in (known * (target > 0), known * (target <= 0)):
+            number_B = worth.new_zeros(len(lengths)).index_add(0, image, member)
+            sum_B = worth.new_zeros(len(lengths)).index_add(0, image, losses * member)
+            total = total + 0.5 * (sum_B / number_B.clamp(min=1)).sum()
+    return total / max(len(scores), 1)
+
+
+def selection_recall(kept: Tensor, worth: Float[Tensor, " T"]) -> dict[str, float]:
+    """Share of the tokens with a label edge, and of all tokens with a class, that are kept to the end.
+
+    Args:
+        kept: positions of the tokens that are kept.
+        worth: of every token, see `token_worth`.
+
+    Returns:
+        ``boundary`` and ``foreground``; NaN where there are no such tokens.
+    """
+    chosen = torch.zeros_like(worth, dtype=torch.bool).index_fill(0, kept, True)
+    return {
+        name: float(chosen[wanted].float().mean())
+        for name, wanted in (("boundary", worth == 1.0), ("foreground", worth > 0.0))
+    }
