@@ -48,9 +48,9 @@ class CrossAttention(nn.Module):
 class TokenAssembler(nn.Module):
     """Bring the tokens of all prune points together in the order of the leaves.
 
-    Kept tokens pass as they are ("none", "cross"), so that with nothing pruned the result is the encoder's own. A token that left at
-    prune point j goes through a norm and a linear map of its own, gets the code of j and the code of its place and
-    size; then completion lets it catch up.
+    Kept tokens pass as they are ("none", "cross"), so that with nothing pruned the result is the encoder's own. A token
+    that left at prune point j goes through a norm and a linear map of its own, gets the code of j and the code of its
+    place and size; then completion lets it catch up.
 
     Args:
         num_dims: N.
