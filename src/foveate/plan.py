@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from foveate.budget import Settings, format_bytes, settings_within
 from foveate.errors import BudgetError, ConfigError
 from foveate.ledger import Ledger, RealIndices, Stage, fused_attention
 
@@ -42,6 +43,8 @@ class Plan:
         optimiser_bytes: of AdamW's two moments; 0 without training.
         input_bytes: of the patches.
         activation_bytes: most bytes alive at once of everything the run makes, gradients included.
+        image_bytes: of the image that is cut, held to the end; 0 where no image was planned.
+        cut_bytes: of its normalised copy and its value pyramid, gone before the model runs.
     """
 
     model: str
@@ -54,6 +57,8 @@ class Plan:
     optimiser_bytes: int
     input_bytes: int
     activation_bytes: int
+    image_bytes: int = 0
+    cut_bytes: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -67,22 +72,26 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes that weights, optimiser, patches and activations need together."""
-        return self.parameter_bytes + self.optimiser_bytes + self.input_bytes + self.activation_bytes
+        """Most bytes that weights, optimiser, image, patches and activations need together."""
+        held = self.parameter_bytes + self.optimiser_bytes + self.image_bytes
+        return held + max(self.cut_bytes, self.input_bytes + self.activation_bytes)
 
     def to_text(self) -> str:
         """The plan as a table."""
         kind = "one training step" if self.training else "inference"
         head = f"{self.model}: {kind}, {self.batch_size} x {self.num_leaves:,} leaves, {self.dtype}"
-        lines = [head, f"  {'stage':<12}{'GFLOP':>12}{'share':>8}{'live activations':>20}"]
+        lines = [head, f"  {'stage':<12}{'GFLOP':>12}{'share':>8}{'live bytes':>20}"]
         for stage in self.stages:
             share = stage.flops / max(self.flops, 1)
             lines.append(
                 f"  {stage.name:<12}{stage.flops / 1e9:>12,.2f}{share:>8.0%}{format_bytes(stage.peak_bytes):>20}"
             )
         lines.append(f"  {'total':<12}{self.flops / 1e9:>12,.2f}")
-        parts = {"weights": self.parameter_bytes, "optimiser": self.optimiser_bytes, "patches": self.input_bytes}
-        parts["activations"] = self.activation_bytes
+        parts = {"weights": self.parameter_bytes, "optimiser": self.optimiser_bytes, "image": self.image_bytes}
+        if self.cut_bytes > self.input_bytes + self.activation_bytes:
+            parts["cutting it"] = self.cut_bytes
+        else:
+            parts |= {"patches": self.input_bytes, "activations": self.activation_bytes}
         text = " + ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         return "\n".join([*lines, f"  peak memory {format_bytes(self.peak_bytes)} = {text}"])
 
@@ -128,7 +137,7 @@ def plan(
                 loss.backward()
     parameters = list(network.parameters())
     return Plan(
-        model=model if isinstance(model, str) else f"{config.width} wide, {config.depth} deep",
+        model=_name(model, config),
         num_leaves=num_leaves,
         batch_size=batch_size,
         training=training,
@@ -156,7 +165,7 @@ def encoder_flops(config: "ModelConfig", num_leaves: int) -> int:
 
 
 def plan_image(
-    model: str,
+    model: "str | ModelConfig",
     shape: Sequence[int],
     *,
     max_leaves: int,
@@ -165,11 +174,25 @@ def plan_image(
     training: bool = False,
     checkpoint: bool = False,
     dtype: str = "float32",
+    itemsize: int = 1,
+    budget: int | None = None,
 ) -> str:
-    """Plan a named model on an image of a shape, beside the uniform grid of the smallest leaf size, as text.
+    """Plan a named model on an image that is held, beside the uniform grid of the smallest leaf size, as text.
+
+    Args:
+        model: a name from ``list_models()`` or a configuration.
+        shape: spatial shape of the image.
+        max_leaves: most leaves of an image.
+        min_size: side of the smallest leaf in pixels.
+        batch_size: images at once.
+        training: plan a training step instead of inference.
+        checkpoint: keep only the inputs of the blocks while training.
+        dtype: as in `plan`.
+        itemsize: bytes of a sample of the image as decoded.
+        budget: bytes that the process may take; settings are changed as in `settings_within` until it is kept.
 
     Raises:
-        BudgetError: a count below 1.
+        BudgetError: a count below 1, or a budget that nothing keeps.
         ConfigError: an unknown dtype or model, or a model for another number of axes.
     """
     from foveate.models import create_config
@@ -177,34 +200,52 @@ def plan_image(
     for name, value in (("max_leaves", max_leaves), ("min_size", min_size)):
         if value < 1:
             raise BudgetError(f"{name}={value} must be at least 1; give a positive whole number")
-    config = replace(create_config(model), checkpoint=checkpoint)
+    config = create_config(model) if isinstance(model, str) else model
     if config.num_dims != len(shape):
         raise ConfigError(
-            f"{model} is for {config.num_dims}-D images, but the shape {tuple(shape)} has {len(shape)} axes; "
-            f"choose a model whose name {'ends in _3d' if len(shape) == 3 else 'does not end in _3d'}"
+            f"{_name(model, config)} is for {config.num_dims}-D images, but the shape {tuple(shape)} has {len(shape)} "
+            f"axes; choose a model whose name {'ends in _3d' if len(shape) == 3 else 'does not end in _3d'}"
         )
     cells = math.prod(-(-side // min_size) for side in shape)
-    leaves = min(max_leaves, cells)
-    result = plan(config, leaves, batch_size, training=training, dtype=dtype)
+    image, cut = math.prod(shape) * config.in_chans * itemsize, cut_bytes(shape, config.in_chans, min_size)
+
+    def cost(settings: Settings) -> Plan:
+        chosen = replace(config, checkpoint=settings.checkpoint)
+        batch = plan(chosen, settings.max_leaves, settings.batch_size, training=training, dtype=dtype)
+        stages = (Stage("input", 0, image + cut), *batch.stages)
+        return replace(batch, model=_name(model, config), stages=stages, image_bytes=image, cut_bytes=cut)
+
+    asked = Settings(min(max_leaves, cells), batch_size, checkpoint)
+    settings, result = settings_within(budget, asked, cost, training=training)
+    leaves = settings.max_leaves
     factor = encoder_flops(config, cells) / encoder_flops(config, leaves)
     return "\n".join(
         [
             f"image {' x '.join(map(str, shape))}, at most {leaves:,} leaves of at least {min_size} pixels",
-            replace(result, model=model).to_text(),
+            result.to_text(),
             f"  a uniform grid of {min_size} pixels has {cells:,} tokens: {cells / leaves:,.1f}x as many, "
             f"{factor:,.1f}x the encoder's FLOPs",
+            *settings.changes(asked, budget),
         ]
     )
 
 
-def format_bytes(size: int) -> str:
-    """Bytes with a unit of 1024: ``"1.5 GiB"``."""
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
+def cut_bytes(shape: Sequence[int], channels: int, min_size: int) -> int:
+    """Bytes that cutting an image takes beside it: a float32 copy, two steps of sums, and a value per cell.
+
+    Args:
+        shape: spatial shape.
+        channels: number of channels C.
+        min_size: side of the smallest leaf in pixels.
+    """
+    children = 1 << len(shape)
+    sums = 8 * channels * (1 + 1 / children) / children
+    values = 8 * children / (children - 1) / math.prod([min_size] * len(shape))
+    return math.ceil(math.prod(shape) * (4 * channels + sums + values))
+
+
+def _name(model: "str | ModelConfig", config: "ModelConfig") -> str:
+    return model if isinstance(model, str) else f"{config.width} wide, {config.depth} deep"
 
 
 def _build(model: "str | ModelConfig", dtype: torch.dtype, training: bool) -> tuple[nn.Module, "ModelConfig"]:

@@ -1,27 +1,34 @@
-"""``foveate plan``: what a model will cost on an image, or what a data set needs, before anything runs."""
+"""``foveate plan``: what a model will cost on an image or a slide, or what a data set needs, before anything runs."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from foveate.cli.parser import VerbParser, count, parse_shape, say
+from foveate.cli.parser import VerbParser, count, number, parse_shape, say
 from foveate.errors import ConfigError
+
+MODEL = "apf_vit_small"
 
 
 def run(words: list[str]) -> int:
-    """Print the plan of one image or of a data set."""
+    """Print the plan of one image or slide, or of a data set."""
     parser = VerbParser("plan", "Tokens, FLOPs and bytes of each stage, before anything runs.")
-    parser.add_argument("image", metavar="IMAGE_OR_SHAPE", nargs="?", help="an image file, or a shape: 4096x4096")
+    parser.add_argument("image", metavar="FILE_OR_SHAPE", nargs="?", help="an image or a slide, or a shape: 4096x4096")
     parser.add_argument("--data", metavar="CONFIG.yaml", type=Path, help="what the data set of this file needs")
-    parser.add_argument("--model", default="apf_vit_small", help="a model's name (default: apf_vit_small)")
-    parser.add_argument("--max-leaves", metavar="N", type=count, default=1024, help="leaves per image (default: 1024)")
-    parser.add_argument("--min-size", metavar="N", type=count, default=8, help="smallest leaf in pixels (default: 8)")
+    parser.add_argument("--model", metavar="NAME_OR_RUN", default=MODEL, help=f"a model or a run (default: {MODEL})")
+    parser.add_argument("--max-leaves", metavar="N", type=count, help="leaves per image (default: the run's, or 1024)")
+    parser.add_argument(
+        "--min-size", metavar="N", type=count, help="smallest leaf in pixels (default: the run's, or 8)"
+    )
+    parser.add_argument("--mpp", metavar="X", type=number, help="size of a pixel in um, instead of what the file says")
+    parser.add_argument("--budget", metavar="BYTES", help="memory of the process, such as 4GB: choose what fits")
     parser.add_argument("--batch-size", metavar="B", type=count, default=1, help="images at once (default: 1)")
     parser.add_argument("--training", action="store_true", help="plan a training step instead of inference")
     parser.add_argument("--checkpoint", action="store_true", help="keep only block inputs while training")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
     args, overrides = parser.parse_with_overrides(words)
     if (args.image is None) == (args.data is None):
-        raise ConfigError("plan takes one thing: an IMAGE_OR_SHAPE, or --data CONFIG.yaml; see foveate plan --help")
+        raise ConfigError("plan takes one thing: a FILE_OR_SHAPE, or --data CONFIG.yaml; see foveate plan --help")
     if args.data is not None:
         return _plan_data(args.data, overrides)
     if overrides:
@@ -42,24 +49,52 @@ def _plan_data(path: Path, overrides: list[str]) -> int:
 
 
 def _plan_image(args: argparse.Namespace) -> int:
-    if Path(args.image).exists():
-        from foveate.io.image import read_image
+    from foveate.tasks.settings import FitConfig, TreeConfig, parse_bytes
 
-        shape = tuple(read_image(args.image).shape)[1:]
-    else:
-        shape = parse_shape(args.image)
+    budget = None if args.budget is None else parse_bytes(args.budget)
+    model, run = args.model, FitConfig(tree=TreeConfig(max_leaves=1024))
+    if Path(args.model).exists():
+        from foveate.tasks.predict import load_model
+
+        network, run = load_model(args.model)
+        model = network.config
+    source, shape = _open(args, run)
+    settings: dict[str, Any] = {
+        "max_leaves": (run.tree.max_leaves or 1024) if args.max_leaves is None else args.max_leaves,
+        "min_size": run.tree.min_size if args.min_size is None else args.min_size,
+        "dtype": args.dtype,
+        "budget": budget,
+    }
+    if _is_slide(source, shape) and not args.training:
+        from foveate.plan_slide import plan_slide
+
+        say(plan_slide(model, shape if source is None else source, **settings).to_text())
+        return 0
     from foveate.plan import plan_image
 
-    say(
-        plan_image(
-            args.model,
-            shape,
-            max_leaves=args.max_leaves,
-            min_size=args.min_size,
-            batch_size=args.batch_size,
-            training=args.training,
-            checkpoint=args.checkpoint,
-            dtype=args.dtype,
-        )
-    )
+    settings |= {"batch_size": args.batch_size, "training": args.training, "checkpoint": args.checkpoint}
+    say(plan_image(model, shape, itemsize=1 if source is None else source.dtype.itemsize, **settings))
     return 0
+
+
+def _open(args: argparse.Namespace, run: Any) -> tuple[Any, tuple[int, ...]]:
+    """The image in the frame that the run works in, if it is a file, and its shape."""
+    path = Path(args.image)
+    if not path.exists():
+        return None, parse_shape(args.image)
+    from foveate.io.raster import open_raster
+    from foveate.tasks.items import Item
+    from foveate.tasks.source import open_item
+
+    item = Item(path.stem, path, None, path.stem, mpp=args.mpp)
+    source = open_item(item, run.data, open_raster(path, mpp=args.mpp, max_pixels=run.data.max_pixels))
+    return source, tuple(source.shape)
+
+
+def _is_slide(source: Any, shape: tuple[int, ...]) -> bool:
+    """Whether the image would be read by box."""
+    import math
+
+    from foveate.tasks.source import LARGE, is_large
+
+    return len(shape) == 2 and (math.prod(shape) > LARGE if source is None else is_large(source))
