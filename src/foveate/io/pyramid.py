@@ -152,7 +152,7 @@ class _Stream:
 
         def finish(column: int) -> Finished:
             tile = get(column)
-            return encode(tile, layout), shrink(tile, layout)
+            return encode(tile, layout), shrink(tile, layout.ratio, layout.reduce)
 
         small = []
         rows, columns = layout.grid(level)

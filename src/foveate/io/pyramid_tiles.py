@@ -65,16 +65,15 @@ class Layout:
         return start, (min(start[0] + self.tile, height), min(start[1] + self.tile, width))
 
 
-def shrink(tile: Tile, layout: Layout) -> Tile:
+def shrink(tile: Tile, ratio: int, reduce: Reduce) -> Tile:
     """Returns the part of a tile of the next level that ``tile`` covers; edge pixels stand in for missing ones."""
     if isinstance(tile, int):
         return tile
-    ratio = layout.ratio
     short = [-side % ratio for side in tile.shape[1:]]
     if any(short):
         tile = np.pad(tile, [(0, 0), *((0, count) for count in short)], mode="edge")
     parts = [tile[:, y::ratio, x::ratio] for y in range(ratio) for x in range(ratio)]
-    return _mode(parts) if layout.reduce == "mode" else _mean(parts)
+    return _mode(parts) if reduce == "mode" else _mean(parts)
 
 
 def compose(parts: Sequence[Sequence[Tile]], layout: Layout, box: tuple[tuple[int, int], tuple[int, int]]) -> Tile:
