@@ -1,6 +1,7 @@
 """DICOM series, written with ITK, read whole or refused."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
@@ -120,6 +121,16 @@ def test_a_truncated_slice_is_named(tmp_path: Path, array: np.ndarray, share: fl
     name.write_bytes(data[: int(len(data) * share)])
     assert str(name) in refused(folder)
     assert capfd.readouterr().err == ""
+
+
+def test_flipped_bytes_are_refused_or_read_never_a_crash(tmp_path: Path, array: np.ndarray) -> None:
+    folder = save(tmp_path / "a", array)
+    name = folder / "1.2.3.4-98.dcm"
+    data = name.read_bytes()
+    for at in range(130, 700, 19):
+        name.write_bytes(data[:at] + bytes([data[at] ^ 0x81]) + data[at + 1 :])
+        with suppress(FormatError):
+            assert open_volume(folder).channels == 1
 
 
 def test_size_is_checked_before_the_voxels(tmp_path: Path, array: np.ndarray) -> None:

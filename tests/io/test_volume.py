@@ -146,6 +146,13 @@ def test_absurd_pixdim_needs_spacing(tmp_path: Path) -> None:
         open_volume(path, spacing=(1.0, 0.0, 1.0))
 
 
+def test_absurd_transform_is_passed_over(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii", texture(4, 5, 6), version=2, srow_x=(1e300, 0, 0, 0))
+    volume = open_volume(path)
+    assert volume.spacing == (3.0, 2.0, 1.0)
+    assert "note: sform is degenerate and was ignored" in volume.describe()
+
+
 def test_units_are_not_invented(tmp_path: Path) -> None:
     array = texture(4, 5, 6)
     micro = open_volume(save(tmp_path / "a.nii", array, xyzt_units=3))

@@ -103,10 +103,13 @@ def _files(sitk: Any, path: Path) -> list[Path]:
     """The files of the series, in order of position; no DICOM file of the folder is left out in silence."""
     folder = path if path.is_dir() else path.parent
     found = sitk.ImageSeriesReader
-    series = {
-        uid: [Path(name) for name in found.GetGDCMSeriesFileNames(str(folder), uid)]
-        for uid in found.GetGDCMSeriesIDs(str(folder))
-    }
+    try:
+        series = {
+            uid: [Path(name) for name in found.GetGDCMSeriesFileNames(str(folder), uid)]
+            for uid in found.GetGDCMSeriesIDs(str(folder))
+        }
+    except DECODER_ERRORS as error:
+        raise undecodable(path, "DICOM", _reason(error)) from None
     known = {name.name for names in series.values() for name in names}
     if path.is_file():
         if path.name not in known:

@@ -42,7 +42,8 @@ def usable(affine: NDArray[Any]) -> bool:
     """True if the affine is finite, its voxels have a possible size, and its axes are independent."""
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         return False
-    size = np.linalg.norm(affine[:3, :3], axis=0)
+    with np.errstate(over="ignore"):
+        size = np.linalg.norm(affine[:3, :3], axis=0)
     possible = bool(((size > _SMALLEST) & (size < _LARGEST)).all())
     return possible and abs(float(np.linalg.det(affine[:3, :3] / size))) > _FLAT
 
