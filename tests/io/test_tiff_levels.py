@@ -242,6 +242,17 @@ def test_many_pages_and_absurd_sizes(tmp_path: Path) -> None:
             open_raster(path)
 
 
+def test_no_pixels_at_all(tmp_path: Path) -> None:
+    write_svs(tmp_path / "a.svs", picture(100, 90))
+    with tifffile.TiffFile(tmp_path / "a.svs") as file:
+        at = file.pages.first.tags[256].valueoffset
+    with (tmp_path / "a.svs").open("r+b") as out:
+        out.seek(at)
+        out.write(bytes(2))
+    with pytest.raises(FormatError, match="every side must be at least 1"):
+        open_raster(tmp_path / "a.svs")
+
+
 def test_one_block_of_a_whole_slide_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("foveate.io.tiff_layout.MAX_TILE", 1000)
     write_plain(tmp_path / "a.tif", picture(100, 100))

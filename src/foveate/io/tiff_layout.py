@@ -180,6 +180,8 @@ def _level(path: Path, pages: list[Any]) -> Level:
     separate, depth, height, width, samples = (int(side) for side in frame.shaped)
     if depth != 1:
         raise bad_file(path, f"holds {depth} planes in one page; save one image per file")
+    if min(height, width, samples) < 1:
+        raise bad_file(path, f"declares {height} x {width} pixels; every side must be at least 1")
     tile = (frame.tilelength, frame.tilewidth) if frame.is_tiled else (min(frame.rowsperstrip, height), width)
     if min(tile) < 1:
         raise bad_file(path, f"declares tiles of {tile[0]} x {tile[1]} pixels; export the file again")
