@@ -54,13 +54,6 @@ class Stack:
     side: tuple[int, ...]
     axis: int
 
-    def keep(self, which: NDArray[np.bool_]) -> "Stack":
-        """Some of the cells."""
-        if which.all():
-            return self
-        pixels = np.compress(np.repeat(which, self.side[self.axis]), self.pixels, axis=self.axis + 1)
-        return Stack(pixels, self.cells[which], self.size, self.side, self.axis)
-
     def scatter(self, values: Values, size: Sequence[int], grid: Values) -> None:
         """Put values of smaller cells of ``size`` pixels, in the order of the stack, into the grid of all of them.
 

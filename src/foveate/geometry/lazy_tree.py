@@ -33,7 +33,7 @@ from foveate.geometry.pyramid import (
     triple,
 )
 from foveate.geometry.source import Source
-from foveate.geometry.tree import _leaves, _Options, _walk
+from foveate.geometry.tree import _check_roots, _leaves, _Options, _walk
 
 MOST_HELD = 1 << 28  # pixels of a level that is read whole
 MOST_MEASURED = 1 << 26  # of one that another detail than the residual is measured on
@@ -84,6 +84,7 @@ class Growth:
         self.held: list[tuple[Stage, list[Stack]]] = []
         self._dims = grid_dims(source.shape, sizes)
         self._ratios = split_ratios(sizes)
+        _check_roots(int(self._dims[-1].prod()), options)
         self._saved: list[Values] = [np.zeros(0)] * len(sizes)
         samples = zip(triple(sizes[-1]), sample_sizes(sizes, options.patch_size)[-1], strict=True)
         self._samples = [side // e if e > 1 else side for side, e in samples]

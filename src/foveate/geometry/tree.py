@@ -213,12 +213,9 @@ def _grow(images: Sequence[Any], options: _Options, keep: dict[Triple, NDArray[A
     arrays = [as_image(image) for image in images]
     shapes = [array.shape[1:] for array in arrays]
     sizes = [cell_sizes(shape, options.min_size, options.max_size, options.spacing) for shape in shapes]
-    num_roots = sum(int(grid_dims(shape, chain)[-1].prod()) for shape, chain in zip(shapes, sizes, strict=True))
-    if options.max_leaves is not None and num_roots > options.max_leaves:
-        raise BudgetError(
-            f"max_leaves={options.max_leaves} is below the {num_roots} cells of the largest size; "
-            f"raise it to {num_roots}, or raise max_size"
-        )
+    _check_roots(
+        sum(int(grid_dims(shape, chain)[-1].prod()) for shape, chain in zip(shapes, sizes, strict=True)), options
+    )
     by_gain = isinstance(detail, Residual) and options.stop == "fill" and options.tolerance is None
     levels = []
     for array, chain in zip(arrays, sizes, strict=True):
@@ -234,6 +231,14 @@ def _grow(images: Sequence[Any], options: _Options, keep: dict[Triple, NDArray[A
     table = table[order]
     bounds = np.searchsorted(table[:, kernels.IMAGE], np.arange(len(images) + 1))
     return [_leaves(table[bounds[b] : bounds[b + 1]], shapes[b], sizes[b]) for b in range(len(images))]
+
+
+def _check_roots(num_roots: int, options: _Options) -> None:
+    if options.max_leaves is not None and num_roots > options.max_leaves:
+        raise BudgetError(
+            f"max_leaves={options.max_leaves} is below the {num_roots} cells of the largest size; "
+            f"raise it to {num_roots}, or raise max_size"
+        )
 
 
 def _reference_norm(detail: Any, image: NDArray[Any]) -> float:
