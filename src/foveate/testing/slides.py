@@ -19,6 +19,7 @@ from foveate.errors import BudgetError
 from foveate.geometry.image import Real
 from foveate.geometry.source import Box
 from foveate.io.pyramid import write_pyramid
+from foveate.io.write import _refuse_existing
 from foveate.testing.texture import make_textures
 
 GLASS, TISSUE, TUMOUR = 0, 1, 2
@@ -201,6 +202,9 @@ def write_slide(
     if side < 256 or not 0.05 <= tissue <= 0.8:
         raise BudgetError(f"side={side}, tissue={tissue}; the side is at least 256, the tissue from 0.05 to 0.8")
     path = Path(path)
+    for goal in (path, mask):
+        if goal is not None:
+            _refuse_existing(Path(goal), overwrite)
     slide = SyntheticSlide(side, seed, float(tissue))
     spacing = (mpp / 1000, mpp / 1000)
     ome = path.name.lower().endswith((".ome.tif", ".ome.tiff"))

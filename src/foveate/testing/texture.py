@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from numpy.typing import NDArray
 
+from foveate.geometry.image import Real
 from foveate.geometry.source import Box
 
 Array = NDArray[np.float32]
@@ -57,7 +58,7 @@ def _noise(rng: np.random.Generator, period: int, steps: tuple[int, int]) -> Flo
     return field
 
 
-def _colour(value: Array, base: Sequence[int], contrast: Sequence[float]) -> Float32[np.ndarray, "P P 3"]:
+def _colour(value: Array, base: Sequence[int], contrast: Sequence[Real]) -> Float32[np.ndarray, "P P 3"]:
     picture: Array = np.array(base, np.float32) + value[..., None] * np.array(contrast, np.float32)
     return picture
 
