@@ -152,3 +152,28 @@ def test_plan_skips_images_without_objects_and_takes_targets_in_any_order(tmp_pa
     assert [image.name for image in plan.images] == ["images/full"]
     assert plan.images[0].uniform[0] >= plan.images[0].uniform[1]
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_slides_are_looked_at_from_afar(tmp_path: Path) -> None:
+    from foveate.testing import write_slide
+
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for k in range(3):
+        mask = tmp_path / f"masks/s{k}.tif"
+        write_slide(tmp_path / f"images/s{k}.ome.tif", 512, seed=min(k, 1), mask=mask, tile=128, num_workers=1)
+    settings = data(tmp_path, classes={"tissue": 1, "tumour": 2}, split=SplitConfig(train=0.7, val=0.3, test=0.0))
+    report = check_data(settings)
+    assert report.sizes == ((512, 512), (512, 512))
+    assert {finding.kind.split()[0] for finding in report.findings} == {"duplicate", "empty"}
+    assert 0.3 < 1 - report.splits[0].shares[0] < 0.6
+    other = check_data(replace(settings, mpp=0.5))
+    assert other.sizes == ((256, 256), (256, 256))
+    cv2.imwrite(str(tmp_path / "images/plain.png"), noisy(3))
+    cv2.imwrite(str(tmp_path / "masks/plain.png"), disc())
+    (found,) = (f for f in check_data(replace(settings, mpp=0.5)).findings if f.kind == "no mpp")
+    assert found.is_error
+    assert "give it in a column mpp of the manifest" in found.detail
+    cv2.imwrite(str(tmp_path / "masks/s1.tif"), disc((300, 512)))
+    (found,) = (f for f in check_data(settings).findings if f.kind == "size mismatch")
+    assert "300 x 512 against 512 x 512" in found.detail

@@ -105,6 +105,13 @@ def test_defaults_need_no_file_content(tmp_path: Path) -> None:
         ("train.class_weights=[1,2]", "train.class_weights has 2 values for 5 classes"),
         ("data.split.test=0.5", "sum to 1.35: give shares from 0 to 1 that sum to 1"),
         ("data.split.group_regex=a", "data.split.group_regex is set but data.split.by='file': set by='group'"),
+        ("data.mpp=0", "data.mpp=0.0 is not a pixel size: give um per pixel, such as 0.5, or null"),
+        ("data.windows=0", "data.windows=0 is below 1: give samples per image and epoch"),
+        ("data.whole=2", "data.whole=2.0 is outside 0 to 1: give a share"),
+        ("data.balance=-1", "data.balance=-1.0 is outside 0 to 1: give a share"),
+        ("data.whole=0.5", "data.whole=0.5 asks for windows but data.window is null: give the side of a window"),
+        ("data.broken=skipp", "data.broken='skipp' is none of raise, fill, skip: did you mean 'skip'?"),
+        ("tree.tissue=-1", "tree.tissue=-1.0 is not a weight: give 0 (off) or more"),
         ("data.classes={}", "data.classes is empty: name at least one class"),
         ("data.mean=[0.5]", "data.mean and data.std need normalise='fixed' but it is 'image'"),
         ("data.normalise=fixed", "data.normalise='fixed' has 0 means, 0 stds for 3 channels: give one each"),
@@ -151,6 +158,12 @@ def test_python_settings_are_checked_too() -> None:
         TrainConfig(epochs=None)
     assert TreeConfig(uniform=16).uniform == 16
     assert DataConfig(classes={"background": 0, "cell": 1}).class_names == ("background", "cell")
+
+
+def test_the_share_of_whole_images_follows_the_window() -> None:
+    assert DataConfig().share_whole == 1
+    assert DataConfig(window=64).share_whole == 0
+    assert DataConfig(window=64, whole=0.3).share_whole == 0.3
 
 
 @pytest.mark.parametrize(("text", "value"), [(5, 5), ("5", 5), ("2kB", 2000), ("1.5 GiB", 3 * 2**29), ("3m", None)])

@@ -175,3 +175,45 @@ def test_a_group_in_two_splits_is_refused() -> None:
 def test_no_training_images_is_refused() -> None:
     with pytest.raises(ConfigError, match="0 of 1 images are for training"):
         split_items([Item("a", Path("a"), None, "g", "val")], DataConfig())
+
+
+def test_endings_of_two_parts_are_one(tmp_path: Path) -> None:
+    touch(
+        tmp_path, "images/a.nii.gz", "images/b.ome.tif", "images/c.d.png", "masks/a.png", "masks/b.png", "masks/c.d.png"
+    )
+    items = find_items(DataConfig(root=str(tmp_path), masks="masks/{stem}.png"))
+    assert [(item.name, item.group) for item in items] == [("images/a", "a"), ("images/b", "b"), ("images/c.d", "c.d")]
+
+
+def test_folders_that_are_images(tmp_path: Path) -> None:
+    (tmp_path / "a.zarr").mkdir()
+    (tmp_path / "a.zarr/zarr.json").touch()
+    (tmp_path / "series").mkdir()
+    (tmp_path / "series/1").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/text.txt").touch()
+    (tmp_path / "empty").mkdir()
+    items = find_items(DataConfig(root=str(tmp_path), images="*", masks=None))
+    assert [item.name for item in items] == ["a", "series"]
+
+
+def test_the_manifest_says_how_large_pixels_are(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.tif").touch()
+    path = tmp_path / "all.csv"
+    path.write_text("image,mpp,spacing\na.tif,0.25,\nb.tif,,2.5 0.7 0.7\nc.tif,,\n")
+    data = DataConfig(root=str(tmp_path), manifest="all.csv", masks=None)
+    assert [(item.mpp, item.spacing) for item in find_items(data)] == [
+        (0.25, None),
+        (None, (2.5, 0.7, 0.7)),
+        (None, None),
+    ]
+    (tmp_path / "all.jsonl").write_text('{"image": "a.tif", "mpp": 0.5, "spacing": [1, 1]}\n')
+    (item,) = find_items(replace(data, manifest="all.jsonl"))
+    assert (item.mpp, item.spacing) == (0.5, (1.0, 1.0))
+    path.write_text("image,mpp\na.tif,fine\n")
+    with pytest.raises(FormatError, match=r"row 1 has mpp='fine': write sizes above 0"):
+        find_items(data)
+    path.write_text("image,mpp\na.tif,0.2 0.3\n")
+    with pytest.raises(FormatError, match=r"row 1 has mpp='0\.2 0\.3': write one size in um, such as 0\.25"):
+        find_items(data)

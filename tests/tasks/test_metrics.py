@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from foveate.errors import ConfigError, ShapeError
 from foveate.geometry.leaves import uniform_leaves
 from foveate.geometry.tree import adaptive_leaves
-from foveate.tasks.metrics import PixelMetrics, ceiling, hausdorff95, interval, mean_known, paint_labels, tiles
+from foveate.tasks.metrics import (
+    PixelMetrics,
+    ceiling,
+    count_labels,
+    hausdorff95,
+    interval,
+    mean_known,
+    paint_labels,
+    tiles,
+)
 
 NAMES = ("background", "cell", "lesion")
 
@@ -185,3 +194,30 @@ def test_ceiling_falls_with_coarser_leaves_and_ignores_the_unknown() -> None:
     assert scores[0] > scores[1] > scores[2]
     labels[40:, 40:] = 255
     assert ceiling(labels, uniform_leaves((64, 64), 4), 4, 2)[0] == 1
+
+
+def test_counts_of_tiles_are_those_of_the_image() -> None:
+    draw = np.random.default_rng(0)
+    guess, real = draw.integers(0, 3, (2, 40, 50)).astype(np.uint8)
+    real[:5] = 255
+    whole, parts = PixelMetrics(("background", "a", "b")), PixelMetrics(("background", "a", "b"))
+    row = whole.update("x", guess, real)
+    counts = sum(count_labels(guess[rows], real[rows], 3) for rows in (slice(0, 13), slice(13, 40)))
+    other = parts.update_counts("x", counts)
+    assert other["dice"] == row["dice"]
+    assert other["iou"] == row["iou"]
+    assert np.isnan(other["hd95"]["a"])
+    assert parts.summarise()["pooled_dice"] == whole.summarise()["pooled_dice"]
+    constant = np.full_like(guess, 2)
+    np.testing.assert_array_equal(count_labels(2, real, 3), count_labels(constant, real, 3))
+
+
+def test_distances_in_px_and_in_mm_have_no_common_mean() -> None:
+    one, two = np.zeros((2, 9, 9), np.uint8)
+    one[2:5, 2:5] = two[3:6, 3:6] = 1
+    metrics = PixelMetrics(("background", "a"))
+    assert metrics.update("mm", one, two, (2.0, 2.0))["hd95"]["a"] == 2 * metrics.update("px", one, two)["hd95"]["a"]
+    summary = metrics.summarise()
+    assert summary["hd95_unit"] == "px or mm"
+    assert np.isnan(summary["hd95"]["a"]["mean"])
+    assert summary["dice"]["mean"]["num"] == 2
