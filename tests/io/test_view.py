@@ -84,7 +84,7 @@ def test_slide_at_another_mpp(tmp_path: Path) -> None:
     assert at_mpp(raster, 0.5004) is raster
     view = at_mpp(raster, 1)
     assert view.shape == (150, 102)
-    assert view.tile_shape() == (32, 32)
+    assert view.tile_shape() == (64, 64)
     assert whole(view).shape == (3, 150, 102)
     assert describe(view)[-1] == "note: a view of 301 x 203 pixels"
     copy = pickle.loads(pickle.dumps(view))

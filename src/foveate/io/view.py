@@ -20,6 +20,7 @@ from foveate.io.spacing import Real, check_mpp, mpp_of
 Array = NDArray[Any]
 
 _STEP = 4  # between levels of a view
+_LEAST_TILE = 64
 _SAME = 1e-3  # relative difference of two resolutions that are one
 
 
@@ -101,10 +102,11 @@ class View:
         return [level_window(box, self._ratio()) for box in boxes]
 
     def tile_shape(self, level: int = 0) -> tuple[int, ...]:
-        """What one storage tile covers, in pixels of the level."""
+        """What one storage tile covers, or as many as make 64 pixels, in pixels of the level."""
         stored, _, scale = self._best(level)
         tiles = zip(self._raster.tile_shape(stored), scale, self.levels[level], strict=True)
-        return tuple(min(max(1, round(side / step)), full) for side, step, full in tiles)
+        covered = [(max(1, round(side / step)), full) for side, step, full in tiles]
+        return tuple(min(side * -(-_LEAST_TILE // side), full) for side, full in covered)
 
     def read(self, box: Box, level: int = 0) -> Shaped[Array, "C *B"]:
         """Returns the pixels ``[C, *B]`` of a level that touch ``box``; channels lie last in memory.
