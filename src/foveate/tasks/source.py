@@ -44,7 +44,7 @@ def open_native(item: Item, data: DataConfig) -> Raster:
     """Open an image as it was stored, but volumes that know where they lie in canonical (RAS) axes.
 
     A model that learned which side is left must see every volume the same way round; labels go back to the file's own
-    grid by ``Volume.to_native``.
+    grid by ``Volume.to_native``. Slides get the coarse levels that they lack, once, see `with_levels`.
 
     Args:
         item: the image; its ``mpp`` and ``spacing`` win over what the file says.
@@ -57,11 +57,11 @@ def open_native(item: Item, data: DataConfig) -> Raster:
         spacing = item.spacing or data.spacing
         return open_volume(item.image, spacing=spacing, max_pixels=data.max_pixels, canonical=True)
     raster = open_raster(item.image, mpp=item.mpp, spacing=item.spacing, max_pixels=data.max_pixels, broken=data.broken)
-    if is_large(raster) and len(raster.levels) == 1 and len(raster.shape) == 2:
-        from foveate.io.pyramid_cache import with_levels
+    if not is_large(raster):
+        return raster
+    from foveate.io.pyramid_cache import with_levels
 
-        return with_levels(raster)
-    return raster
+    return with_levels(raster)
 
 
 def open_item(item: Item, data: DataConfig, native: Raster | None = None) -> Raster:
