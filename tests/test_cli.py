@@ -7,12 +7,14 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
 
 import foveate
 from foveate.cli import VERBS, main
+from foveate.io.pyramid import write_pyramid
 from foveate.testing import synthetic_image, write_dataset
 
 
@@ -72,6 +74,9 @@ def test_no_words_is_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "64y64"], "'64y64' is neither a file nor a shape"),
         (["plan", "0x64"], "'0x64' is neither a file nor a shape"),
         (["plan", "64x64", "--tree.max_leaves=3"], "unknown flag '--tree.max_leaves'"),
+        (["predict", "run", "a.png", "--out", "x", "--format", "ome.tiff"], "did you mean 'ome.tif'?"),
+        (["predict", "run", "a.png", "--out", "x", "--mpp", "half"], "'half' is not a number"),
+        (["predict", "run", "a.png", "--out", "x", "--broken", "ignore"], "invalid choice: 'ignore'"),
         (["plan"], "plan takes one thing"),
         (["inspect"], "inspect takes one thing"),
         (["predict", "run", "image.png"], "required: --out"),
@@ -194,6 +199,52 @@ def test_inspect_describes_and_draws(png: Path, tmp_path: Path, capsys: pytest.C
     assert "uniform grid" in out
     with Image.open(tmp_path / "x" / "leaves.png") as picture:
         assert picture.size == (512, 512)
+
+
+@pytest.fixture
+def slide(tmp_path: Path) -> Path:
+    image = synthetic_image(1024, 0)[0]
+    return write_pyramid(
+        tmp_path / "slide.tif",
+        lambda box: image[:, slice(box[0][0], box[1][0]), slice(box[0][1], box[1][1])],
+        shape=(1024, 1024),
+        dtype=np.uint8,
+        channels=3,
+        tile=128,
+        ratio=4,
+        spacing=(0.0005, 0.0005),
+        kind="tiff",
+        reduce="mean",
+    )
+
+
+def test_inspect_says_what_a_slide_is_and_reads_little_of_it(
+    slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(slide), "--max-leaves", "40", "--out", str(tmp_path / "leaves.png")]) == 0
+    out = capsys.readouterr().out
+    assert "reader: tifffile" in out
+    assert "level 1: 256 x 256 pixels, downsample 4, tiles of 128 x 128" in out
+    assert "mpp: 0.5 um per pixel" in out
+    assert "of the image" in out
+    assert "decoded of level 2: 100.00 % of its pixels, 1 tiles" in out
+    assert float(out.split("decoded of level 0: ")[1].split(" %")[0]) < 50
+    with Image.open(tmp_path / "leaves.png") as picture:
+        assert picture.size == (1024, 1024)
+    assert main(["inspect", str(slide), "--mpp", "0.25"]) == 0
+    assert "mpp: 0.25 um per pixel (given as an argument)" in capsys.readouterr().out
+
+
+def test_inspect_says_where_a_volume_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    affine = np.diag([-1.0, 1.0, 2.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(np.zeros((6, 8, 5), np.uint8), affine), tmp_path / "a.nii.gz")
+    assert main(["inspect", str(tmp_path / "a.nii.gz"), "--min-size", "2", "--out", str(tmp_path / "a.png")]) == 0
+    out = capsys.readouterr().out
+    assert "spacing: 2 x 1 x 1 mm (z, y, x)" in out
+    assert "orientation: LAS (x, y, z)" in out
+    assert "affine: -1 0 0 0 | 0 1 0 0 | 0 0 2 0 (x, y, z to mm)" in out
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width * 8 == pytest.approx(picture.height * 6, rel=0.02)
 
 
 def test_plan_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from foveate.tasks.data import SegmentationData
 from foveate.tasks.inputs import find_inputs
 from foveate.tasks.items import Item
 from foveate.tasks.metrics import tiles
+from foveate.tasks.outputs import name_of
 from foveate.tasks.painting import Painting
 from foveate.tasks.predict import load_model, predict, segment
 from foveate.tasks.segmentation import fit
@@ -93,8 +94,30 @@ def test_inputs_are_files_folders_globs_and_manifests(tmp_path: Path) -> None:
     assert len(find_inputs([tmp_path / "images" / "0[12].png"])) == 2
     assert [item.image.name for item in find_inputs([tmp_path / "list.csv"])] == ["00.png", "02.png"]
     assert len(find_inputs([tmp_path / "images", tmp_path / "images" / "00.png"])) == 3
+    assert [item.mpp for item in find_inputs([_manifest(tmp_path)])] == [0.5]
+    store = tmp_path / "images" / "volume.zarr"
+    store.mkdir()
+    (store / "zarr.json").write_text("{}")
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    assert [item.image.name for item in find_inputs([tmp_path / "images"])][-1] == "volume.zarr"
+    assert [item.image for item in find_inputs([store])] == [store]
     with pytest.raises(ConfigError, match="names no image"):
         find_inputs([tmp_path / "nothing*"])
+
+
+def _manifest(folder: Path) -> Path:
+    (folder / "sizes.csv").write_text("image,mpp\nimages/01.png,0.5\n")
+    return folder / "sizes.csv"
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [("a.nii.gz", "a"), ("a.ome.tif", "a"), ("a.b.svs", "a.b"), ("1.2.840/", "1.2.840"), ("v.zarr/", "v")],
+)
+def test_outputs_are_named_after_their_input(name: str, stem: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.mkdir() if name.endswith("/") else path.touch()
+    assert name_of(path) == stem
 
 
 @pytest.mark.parametrize("shape", [(150, 97), (40, 31, 22)])

@@ -250,3 +250,27 @@ def test_a_format_that_does_not_fit_names_those_that_do(model: Path, slide: Path
     with pytest.raises(FormatError, match=r"format='png' does not fit a slide; choose among ome\.tif, tif, "):
         predict(model, slide, tmp_path, format="png")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stop", [FormatError("the disk is full"), KeyboardInterrupt()])
+def test_what_was_interrupted_says_how_to_go_on(
+    stop: BaseException, model: Path, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(*_: Any) -> None:
+        raise stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Painting, "tile", stopping)
+        with pytest.raises((FormatError, KeyboardInterrupt), match="go on with --resume"):
+            predict(model, slide, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".a.part"]
+    assert len(predict(model, slide, tmp_path, resume=True)) == 2
+
+
+def test_resume_does_not_replace_what_it_did_not_begin(model: Path, slide: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.ome.tif").write_bytes(b"mine")
+    with pytest.raises(FormatError, match=r"a\.ome\.tif exists; add --overwrite"):
+        predict(model, slide, tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ome.tif"]
+    predict(model, slide, tmp_path, overwrite=True)
+    assert (tmp_path / "a.ome.tif").stat().st_size > 100

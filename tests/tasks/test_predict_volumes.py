@@ -67,16 +67,21 @@ def test_every_format_of_a_volume_holds_the_same_labels(model: Path, tmp_path: P
     turned = nibabel.Nifti1Image(_scan(), np.diag([-1.0, 1.0, 2.0, 1.0]))
     nibabel.save(turned, tmp_path / "a.nii")
     written = predict(
-        model, tmp_path / "a.nii", tmp_path / "out", format="nii.gz,tif,zarr", probability=True, overlay=True
+        model, tmp_path / "a.nii", tmp_path / "out", format="nii.gz,tif,zarr,ome.tif", probability=True, overlay=True
     )
     labels = np.asarray(nibabel.load(written[0]).dataobj).T
     assert (tifffile.imread(written[1]) == labels).all()
     assert (zarr.open_group(written[2], mode="r")["0"][:] == labels).all()
-    chance = tifffile.imread(written[3])
+    assert (tifffile.imread(written[3]) == labels).all()
+    with tifffile.TiffFile(written[3]) as file:
+        assert 'PhysicalSizeZ="2.0" PhysicalSizeZUnit="mm"' in str(file.ome_metadata)
+    chance = tifffile.imread(written[4])
     assert chance.shape == (3, *labels.shape)
     clear = np.sort(chance, axis=0)[-1] - np.sort(chance, axis=0)[-2] > 1e-3
     assert (chance.argmax(0) == labels)[clear].all()
-    with pytest.raises(FormatError, match=r"format='png' does not fit a volume; choose among nii\.gz, tif, zarr"):
+    with pytest.raises(
+        FormatError, match=r"format='png' does not fit a volume; choose among nii\.gz, tif, ome\.tif, zarr"
+    ):
         predict(model, tmp_path / "a.nii", tmp_path / "other", format="png")
 
 

@@ -55,12 +55,15 @@ def _inspect_image(args: argparse.Namespace) -> int:
 
     most = {} if args.max_pixels is None else {"max_pixels": args.max_pixels}
     raster = open_raster(args.image, mpp=args.mpp, **most)
+    leaves, lines = (_cut_lazily if is_large(raster) else _cut)(raster, args)
     say(f"{args.image}: {raster.channels} x {' x '.join(map(str, raster.shape))} {raster.dtype}")
     if type(raster) is not ArrayRaster or args.mpp is not None:
-        own = getattr(raster, "describe", None)
+        own, affine = getattr(raster, "describe", None), getattr(raster, "affine", None)
         for line in own() if own else describe(raster):
             say(line)
-    leaves, lines = (_cut_lazily if is_large(raster) else _cut)(raster, args)
+        if affine is not None:
+            rows = " | ".join(" ".join(f"{value:.6g}" for value in row) for row in affine[:3])
+            say(f"affine: {rows} (x, y, z to mm)")
     for line in lines:
         say(line)
     if args.out is not None:

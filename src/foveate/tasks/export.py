@@ -47,7 +47,7 @@ def write_outputs(
                 _write_chances(painting, part, goal, names)
             else:
                 _write_chances_whole(painting, path, native)
-        elif ending == "ome.tif" or (ending == "tif" and pyramids):
+        elif len(painting.shape) == 2 and (ending == "ome.tif" or (ending == "tif" and pyramids)):
             _write_pyramid(painting, part, goal, "ome" if ending == "ome.tif" else "tiff", outlines)
         elif outlines and ending.startswith("geojson"):
             _write_geojson(outlines, path, painting, names)
@@ -131,11 +131,13 @@ def _write_chances_whole(painting: Painting, path: Path, native: Raster) -> None
     import tifffile
 
     axes = {"axes": "CYX" if len(shape) == 3 else "CZYX"}
-    big = 2 * math.prod(shape) > 2**31
-    _fill(
-        tifffile.memmap(path, shape=shape, dtype=np.float16, photometric="minisblack", metadata=axes, bigtiff=big),
-        painting,
+    big, aside = 2 * math.prod(shape) > 2**31, path.with_name(f"aside-{path.name}")
+    chances = tifffile.memmap(
+        aside, shape=shape, dtype=np.float16, photometric="minisblack", metadata=axes, bigtiff=big
     )
+    _fill(chances, painting)
+    chances.flush()
+    aside.replace(path)
 
 
 def _fill(chances: NDArray[np.float16], painting: Painting) -> None:
@@ -166,8 +168,25 @@ def _write_whole(painting: Painting, path: Path, ending: str, native: Raster) ->
     else:
         from foveate.io.write import write_mask
 
-        labels = painting.labels.numpy()
-        write_mask(path, native.to_native(labels) if isinstance(native, Volume) else labels)
+        labels, spacing = painting.labels.numpy(), painting.spacing
+        if isinstance(native, Volume):
+            labels, spacing = native.to_native(labels), native.grid.spacing
+        if ending == "ome.tif":
+            _write_ome_volume(path, labels, spacing)
+        else:
+            write_mask(path, labels)
+
+
+def _write_ome_volume(path: Path, labels: NDArray[np.uint8], spacing: tuple[float, ...] | None) -> None:
+    import tifffile
+
+    from foveate.io.write import atomic_write
+
+    metadata: dict[str, Any] = {"axes": "ZYX"}
+    for axis, size in zip("ZYX", spacing or (), strict=bool(spacing)):
+        metadata |= {f"PhysicalSize{axis}": size, f"PhysicalSize{axis}Unit": "mm"}
+    with atomic_write(path) as file:
+        tifffile.imwrite(file, labels, ome=True, compression="zlib", photometric="minisblack", metadata=metadata)
 
 
 def _write_view(painting: Painting, path: Path, ending: str, native: Raster, names: Sequence[str]) -> None:

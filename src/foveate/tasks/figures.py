@@ -19,6 +19,7 @@ YELLOW, BLUE, VERMILLION, PURPLE = (240, 228, 66), (0, 114, 178), (213, 94, 0), 
 CLASS_COLOURS = (ORANGE, SKY, GREEN, YELLOW, PURPLE, BLUE, VERMILLION)
 HIT, FALSE_ALARM, MISS = GREEN, VERMILLION, SKY
 IGNORE = 255
+_SMALL = 2**22
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
 Colour = tuple[int, int, int]
@@ -297,5 +298,8 @@ def png_bytes(picture: Picture) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    small = (
+        picture.size < _SMALL
+    )  # a smaller file is worth seconds for a page that holds many, not for one large picture
+    Image.fromarray(picture).save(buffer, format="PNG", optimize=small, compress_level=9 if small else 5)
     return buffer.getvalue()

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from foveate.errors import ConfigError
-from foveate.tasks.items import Item, find_items, is_image, stem_of
+from foveate.tasks.items import Item, find_items, is_image
 from foveate.tasks.settings import DataConfig
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy")
@@ -44,7 +44,7 @@ def _expand(path: Path) -> Iterator[Item]:
     elif any(sign in path.name for sign in "*?["):
         files = (file for file in path.parent.glob(path.name) if is_image(file))
     for file in files:
-        yield Item(stem_of(file), file, None, stem_of(file))
+        yield Item(file.name, file, None, file.name)
 
 
 def _is_known(file: Path) -> bool:

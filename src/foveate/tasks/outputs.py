@@ -18,9 +18,9 @@ PROBABILITY, OVERLAY, HEATMAP = "_probability.tif", "_overlay.png", "_heatmap.pn
 _FIT = {
     IMAGE: ("png", "tif", "ome.tif", "geojson.gz", "geojson"),
     SLIDE: ("ome.tif", "tif", "geojson.gz", "geojson", "zarr"),
-    STACK: ("tif", "nii.gz", "zarr"),
-    VOLUME: ("nii.gz", "tif", "zarr"),
-    ZARR: ("zarr", "nii.gz", "tif"),
+    STACK: ("tif", "ome.tif", "nii.gz", "zarr"),
+    VOLUME: ("nii.gz", "tif", "ome.tif", "zarr"),
+    ZARR: ("zarr", "ome.tif", "nii.gz", "tif"),
 }
 _DEFAULT = {
     IMAGE: ("png",),
@@ -74,6 +74,11 @@ def fitting(formats: Sequence[str], kind: str, name: str) -> tuple[str, ...]:
     return tuple(formats) or _DEFAULT[kind]
 
 
+def name_of(path: Path) -> str:
+    """What the names of all outputs of an input begin with: its own without the ending, which a series has not."""
+    return path.name if path.is_dir() and path.suffix.lower() != ".zarr" else stem_of(path)
+
+
 def targets(file: Path, out: Path, endings: Sequence[str], extras: Sequence[str]) -> dict[str, Path]:
     """Everything that is written for a file, by ending: the masks, then the extras.
 
@@ -83,7 +88,7 @@ def targets(file: Path, out: Path, endings: Sequence[str], extras: Sequence[str]
         endings: Formats of the masks.
         extras: What goes with them.
     """
-    name = stem_of(file)
+    name = name_of(file)
     return {end: out / f"{name}.{end}" for end in endings} | {extra: out / f"{name}{extra}" for extra in extras}
 
 
@@ -112,9 +117,9 @@ def check_targets(
     endings = formats or tuple(dict.fromkeys(ending for own in _DEFAULT.values() for ending in own))
     seen: dict[str, Path] = {}
     for file in files:
-        other = seen.setdefault(stem_of(file), file)
+        other = seen.setdefault(name_of(file), file)
         if other != file:
-            raise ConfigError(f"{other} and {file} would both be written to {out / stem_of(file)}.*; separate them")
+            raise ConfigError(f"{other} and {file} would both be written to {out / name_of(file)}.*; separate them")
         goals = targets(file, out, endings, extras).values()
         if any(goal.resolve() == file.resolve() for goal in goals):
             raise ConfigError(f"{file} would be overwritten by its own mask; give another --out")

@@ -23,7 +23,7 @@ from foveate.tasks.config import FitConfig, load_config
 from foveate.tasks.cut import cut
 from foveate.tasks.export import write_outputs
 from foveate.tasks.inputs import find_inputs
-from foveate.tasks.items import Item, stem_of
+from foveate.tasks.items import Item
 from foveate.tasks.outputs import (
     HEATMAP,
     OVERLAY,
@@ -33,6 +33,7 @@ from foveate.tasks.outputs import (
     fitting,
     is_finished,
     kind_of,
+    name_of,
     parse_formats,
     refuse_existing,
     targets,
@@ -238,7 +239,7 @@ class _Job:
 
     def run(self, item: Item) -> list[Path]:
         """Write all outputs of one input, or none; return them."""
-        name, file = stem_of(item.image), item.image
+        name, file = name_of(item.image), item.image
         unfinished = part_folder(self.out, name).exists()
         if self.resume and not unfinished and is_finished(file, self.out, self.formats, self.extras):
             return []
@@ -259,6 +260,8 @@ class _Job:
                 part.remove()
             elif isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"{file} is half done; go on with --resume") from None
+            elif isinstance(error, FoveateError):
+                raise type(error)(f"{error}; then go on with --resume") from error
             raise
         return list(goals.values())
 

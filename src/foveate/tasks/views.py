@@ -93,7 +93,8 @@ def overlay(native: Source, painting: Painting) -> Picture:
         shown = painting.tile(_plane_box(native.shape))
         labels = np.full((height, width), shown, np.uint8) if isinstance(shown, int) else shown.reshape(height, width)
     else:
-        labels = coarse_probability(painting.values, painting.leaves, height, width).argmax(0).to(torch.uint8).numpy()
+        chances = coarse_probability(painting.values, painting.leaves, height, width, points=1)
+        labels = chances.argmax(0).to(torch.uint8).numpy()
         mark(labels, painting.unknown, native.shape)
     return outlined(label_overlay(picture, labels), painting.leaves)
 
@@ -125,7 +126,7 @@ def _plane_box(shape: Sequence[int]) -> Box:
 
 
 def coarse_probability(
-    values: Float[Tensor, "L K *P"], leaves: Leaves, height: int, width: int
+    values: Float[Tensor, "L K *P"], leaves: Leaves, height: int, width: int, *, points: int = 2
 ) -> Float32[Tensor, "K H W"]:
     """The mean probability of every class in each pixel of an overview, from the samples of the leaves.
 
@@ -134,10 +135,11 @@ def coarse_probability(
         leaves: Of the whole image; of a volume, its middle plane is shown.
         height: Rows of the overview.
         width: Columns of the overview.
+        points: Points along each side of a pixel, over which the mean is taken.
 
-    Cost: O(H W log L) time whatever the size of the image; a pixel is the mean of four points.
+    Cost: O(H W points^2 log L) time, whatever the size of the image.
     """
-    num, side, points = leaves.num_dims, values.shape[-1], 2
+    num, side = leaves.num_dims, values.shape[-1]
     rows = torch.arange(height * points, dtype=torch.float64).add(0.5).mul(leaves.shape[-2] / (height * points))
     columns = torch.arange(width * points, dtype=torch.float64).add(0.5).mul(leaves.shape[-1] / (width * points))
     plane = torch.tensor(plane_of(leaves.shape), dtype=torch.float64) + 0.5
