@@ -74,7 +74,8 @@ def test_rejects_levels_that_do_not_fall() -> None:
 
 
 @pytest.mark.parametrize(
-    ("full", "level", "expected"), [(2967, 741, 4.0), (2967, 742, 4.0), (100, 33, 3.0), (100, 40, 2.5), (7, 7, 1.0)]
+    ("full", "level", "expected"),
+    [(2967, 741, 4.0), (2967, 742, 4.0), (65537, 257, 256.0), (100, 33, 3.0), (100, 40, 2.5), (7, 7, 1.0)],
 )
 def test_exact_downsample(full: int, level: int, expected: float) -> None:
     assert exact_downsample(full, level) == expected

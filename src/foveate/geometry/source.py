@@ -81,8 +81,11 @@ def exact_downsample(full: int, level: int) -> float:
         level: pixels of the level.
 
     Writers round a level's side up, down or to the nearest, so 2967 pixels at 4 x may be stored as 741 or 742; both
-    are 4 exactly, not 4.004 or 3.998.
+    are 4 exactly, not 4.004 or 3.998. Of several whole numbers that rounding allows, a power of two is meant.
     """
     ratio = full / level
-    whole = round(ratio)
-    return float(whole) if abs(full / whole - level) < 1 else ratio
+    power = 2 ** round(math.log2(ratio))
+    for whole in (power, round(ratio)):
+        if abs(full / whole - level) < 1:
+            return float(whole)
+    return ratio
