@@ -86,7 +86,7 @@ def adaptive_leaves(
 
 
 def adaptive_leaves_batch(
-    images: Sequence[Image],
+    images: Sequence[Shaped[Tensor, "..."] | Shaped[np.ndarray, "..."]],
     max_leaves: int | None = None,
     *,
     tolerance: Real | None = None,
