@@ -3,21 +3,25 @@
 import re
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from foveate.budget import format_bytes, resident_bytes
 from foveate.errors import BudgetError, ConfigError
 from foveate.geometry.leaves import uniform_leaves
 from foveate.geometry.patches import Patches
+from foveate.geometry.tree import adaptive_leaves
 from foveate.ledger import Ledger
 from foveate.models import build_model, create_config
-from foveate.plan import encoder_flops, format_bytes, plan, plan_image
+from foveate.plan import cut_bytes, encoder_flops, plan, plan_image
 
 NAMES = ["apf_vit_tiny", "apf_vit_tiny_linear", "apf_vit_tiny_3d"]
 
@@ -133,6 +137,38 @@ def test_plan_image_compares_with_the_uniform_grid() -> None:
 def test_impossible_plans(arguments: dict[str, object], kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
         plan("apf_vit_tiny", **arguments)
+
+
+@pytest.mark.parametrize(("shape", "min_size"), [((512, 512), 8), ((500, 300), 4), ((64, 64, 48), 8)])
+def test_law_the_plan_is_true_for_what_is_cut(shape: tuple[int, ...], min_size: int) -> None:
+    def cut() -> None:
+        adaptive_leaves(image.astype("float32"), 64, min_size=min_size, patch_size=8)
+
+    image = np.random.default_rng(0).integers(0, 255, (3, *shape), np.uint8)
+    cut()
+    tracemalloc.start()
+    cut()
+    measured = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert measured <= 1.05 * cut_bytes(shape, 3, min_size)  # the leaves themselves
+    assert cut_bytes(shape, 3, min_size) <= 1.25 * measured
+
+
+def test_the_image_counts() -> None:
+    text = plan_image("apf_vit_tiny", (4096, 4096), max_leaves=16)
+    assert re.search(r"\n  input +0.00 +0% +362.7 MiB\n", text)
+    assert "image 48.0 MiB + cutting it 314.7 MiB" in text
+
+
+def test_a_budget_is_kept_or_refused() -> None:
+    settings = {"max_leaves": 64, "training": True, "batch_size": 4}
+    free = plan_image("apf_vit_tiny_linear", (128, 128), **settings)
+    assert "chosen" not in free
+    saving = plan_image("apf_vit_tiny_linear", (128, 128), **settings, budget=resident_bytes() + 90 * 2**20)
+    assert "chosen to stay within" in saving
+    assert "checkpoint=True instead of False" in saving
+    with pytest.raises(BudgetError, match=r"budget 1.0 KiB is below the .* that one leaf needs"):
+        plan_image("apf_vit_tiny_linear", (128, 128), **settings, budget=1024)
 
 
 def test_plan_image_wants_the_right_number_of_axes() -> None:

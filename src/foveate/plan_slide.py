@@ -37,6 +37,7 @@ STORED = 400e6
 _DENSE = 8  # leaves per cell that is read at a finer level
 _PRICED = 2**22  # pixels whose splits are priced at once
 _TILE = 512  # of the mask
+_BUFFERS = 2**22  # of the libraries
 
 
 class BlankSlide:
@@ -255,7 +256,7 @@ def plan_slide(
 def _steps(
     source: Source, config: "ModelConfig", network: Plan, leaves: int, min_size: int, rates: Rates
 ) -> tuple[Step, ...]:
-    weights = {"weights": network.parameter_bytes}
+    weights = {"buffers": _BUFFERS, "weights": network.parameter_bytes}
     read = _read(source, config, leaves, min_size)
     cache = {"tile cache": min(DEFAULT_CACHE_BYTES, read.decoded * source.channels * source.dtype.itemsize)}
     per_leaf = 4 * config.patch_size**config.num_dims
@@ -317,4 +318,5 @@ def _read(source: Source, config: "ModelConfig", leaves: int, min_size: int) -> 
     values = 8 * sum(int(dims.prod()) for dims in grid_dims(source.shape, sizes)[low:])
     sample = source.channels * source.dtype.itemsize
     priced = min(_PRICED, math.prod(source.levels[stages[-1].level]))
-    return _Read(decoded, held * sample, 3 * values, priced * 2 * source.channels)
+    sums = priced * source.channels * (1 if source.dtype == np.uint8 else 2)
+    return _Read(decoded, held * sample, 3 * values, sums)
