@@ -17,6 +17,22 @@ from foveate.geometry.kernels_paint import _between
 
 @njit(cache=True, nogil=True)
 @no_type_check
+def touched(start, stop, first, last, which):
+    """Write the leaves that have pixels in a window to ``which``; return how many, and how many pixels they have."""
+    num, pixels = 0, 0
+    for leaf in range(start.shape[0]):
+        z = min(stop[leaf, 0], last[0]) - max(start[leaf, 0], first[0])
+        y = min(stop[leaf, 1], last[1]) - max(start[leaf, 1], first[1])
+        x = min(stop[leaf, 2], last[2]) - max(start[leaf, 2], first[2])
+        if z > 0 and y > 0 and x > 0:
+            which[num] = leaf
+            num += 1
+            pixels += z * y * x
+    return num, pixels
+
+
+@njit(cache=True, nogil=True)
+@no_type_check
 def unanimous(pixels, halo, margin, single):
     """Write for each row of ``halo`` the class that is largest at all its samples, else -1.
 

@@ -5,6 +5,7 @@ Most tiles of a large image lie in leaves that are of one class throughout; thes
 Legend: L leaves, K classes, N spatial axes, P patch_size, B sides of a box.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -101,15 +102,15 @@ class LabelPainter:
     def _touched(self, window: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[NDArray[np.int64], int | None]:
         """The leaves that have pixels in a window, and their class where it is one."""
         first, last = as_volume(window[0], 0), as_volume(window[1], 1)
-        which = np.flatnonzero(((self._start < last) & (self._stop > first)).all(axis=1))
+        which = np.empty(len(self._start), np.int64)
+        num, pixels = kernels.touched(self._start, self._stop, first, last, which)
+        which = which[:num]
         single = self._single[which]
-        if not len(which):
+        covered = pixels == math.prod(int(b - a) for a, b in zip(first, last, strict=True))
+        if num == 0:
             return which, 0
-        if single[0] < 0 or (single != single[0]).any():
-            return which, None
-        inside = np.minimum(self._stop[which], last) - np.maximum(self._start[which], first)
-        covered = int(inside.prod(axis=1).sum()) == int((last - first).prod())
-        return which, int(single[0]) if covered or single[0] == 0 else None
+        alike = single[0] >= 0 and bool((single == single[0]).all())
+        return which, int(single[0]) if alike and (covered or single[0] == 0) else None
 
     def _paint(self, window: tuple[tuple[int, ...], tuple[int, ...]], which: NDArray[np.int64]) -> Tensor:
         single = self._single[which]

@@ -69,7 +69,8 @@ def lazy_soft_labels(
         which = (level_of == level).nonzero().squeeze(1)
         votes, norm = _count(mask, level, leaves.select(which), patch_size, num_classes, ignore)
         total = votes.sum(1)
-        soft[which] = torch.from_numpy(votes / np.maximum(total, 1)[:, None]).float().view(-1, *soft.shape[1:])
+        for label in range(num_classes):
+            soft[which, label] = torch.from_numpy(votes[:, label] / np.maximum(total, 1)).float().view(-1, *sides)
         known[which] = torch.from_numpy(total / norm).float().view(-1, *sides)
     return soft, known * sample_area(leaves, patch_size)
 
@@ -101,9 +102,10 @@ def _count(
     weights = [taps.weight[axis].sum(-1)[taps.kind[:, axis], : patch[axis]] for axis in range(3)]
     norm = weights[0][:, :, None, None] * weights[1][:, None, :, None] * weights[2][:, None, None, :]
     votes = np.zeros((len(near), num_classes, *patch), np.int32 if norm.max() < 1 << 31 else np.int64)
+    near_tile = np.empty(len(near), np.int64)
     for span in tiles_of(mask, level, near.shape):
         first, last = as_volume(span[0], 0), as_volume(span[1], 1)
-        which = np.flatnonzero(((start < last) & (stop > first)).all(axis=1))
+        which = near_tile[: kernels.touched(start, stop, first, last, near_tile)[0]]
         if not len(which):
             continue
         tile = decode(mask, level, step, span, Counter.of(mask))[0]
