@@ -79,6 +79,8 @@ def test_nothing_is_overwritten_by_accident(run: Path, tmp_path: Path) -> None:
         predict(run, tmp_path / "images", tmp_path / "out")
     predict(run, tmp_path / "images", tmp_path / "out", overwrite=True)
     with pytest.raises(ConfigError, match="overwritten by its own mask"):
+        predict(run, tmp_path / "images", tmp_path / "images", format="png", overwrite=True)
+    with pytest.raises(FormatError, match="overwritten by its own mask"):
         predict(run, tmp_path / "images", tmp_path / "images", overwrite=True)
     with pytest.raises(ConfigError, match="would both be written"):
         predict(run, [tmp_path / "images" / "00.png", tmp_path / "masks" / "00.png"], tmp_path / "new")

@@ -188,8 +188,9 @@ def test_what_another_prediction_left_is_not_taken_up(
     assert runs == [1]
 
 
+@pytest.mark.parametrize("more", [False, True])
 def test_interrupted_while_files_get_their_names(
-    model: Path, slide: Path, mask: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: bool, model: Path, slide: Path, mask: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = Path.replace
 
@@ -203,7 +204,8 @@ def test_interrupted_while_files_get_their_names(
         with pytest.raises(Killed):
             predict(model, slide, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.part", "a.ome.tif"]
-    written = predict(model, slide, tmp_path, resume=True)
+    written = predict(model, slide, tmp_path, resume=True, overlay=more)
+    assert [path.name for path in written] == ["a.ome.tif", "a.geojson.gz", *(["a_overlay.png"] if more else [])]
     assert sorted(tmp_path.iterdir()) == sorted(written)
     assert written[0].read_bytes() == mask.read_bytes()
 

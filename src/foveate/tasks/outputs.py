@@ -92,6 +92,12 @@ def targets(file: Path, out: Path, endings: Sequence[str], extras: Sequence[str]
     return {end: out / f"{name}.{end}" for end in endings} | {extra: out / f"{name}{extra}" for extra in extras}
 
 
+def refuse_own(file: Path, goals: Iterable[Path]) -> None:
+    """Raise ConfigError when an output is the input itself."""
+    if any(goal.resolve() == file.resolve() for goal in goals):
+        raise ConfigError(f"{file} would be overwritten by its own mask; give another --out")
+
+
 def refuse_existing(goals: Iterable[Path]) -> None:
     """Raise ConfigError when an output is there already."""
     there = next((goal for goal in goals if goal.exists()), None)
@@ -120,11 +126,11 @@ def check_targets(
         other = seen.setdefault(name_of(file), file)
         if other != file:
             raise ConfigError(f"{other} and {file} would both be written to {out / name_of(file)}.*; separate them")
-        goals = targets(file, out, endings, extras).values()
-        if any(goal.resolve() == file.resolve() for goal in goals):
-            raise ConfigError(f"{file} would be overwritten by its own mask; give another --out")
+        goals = list(targets(file, out, endings, extras).values())
+        if formats:
+            refuse_own(file, goals)
         if not replace:
-            refuse_existing(goals)
+            refuse_existing(goal for goal in goals if goal.resolve() != file.resolve())
 
 
 def is_finished(file: Path, out: Path, formats: Sequence[str], extras: Sequence[str]) -> bool:

@@ -99,9 +99,13 @@ class Part:
             return {}
         return note if isinstance(note, dict) else {}
 
-    def is_placing(self) -> bool:
-        """Whether all outputs were complete when the run ended, and some may have been moved already."""
-        return (self.folder / _PLACING).is_file()
+    def is_complete(self, targets: Sequence[Path]) -> bool:
+        """Whether these outputs were all made when the run ended; some may have been moved already."""
+        try:
+            names = json.loads((self.folder / _PLACING).read_bytes())
+        except (OSError, ValueError):
+            return False
+        return all(target.name in names and (self.path(target).exists() or target.exists()) for target in targets)
 
     def place(self, targets: Sequence[Path]) -> None:
         """Move every output to its final name, replacing what is there, and remove the folder."""

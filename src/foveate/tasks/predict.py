@@ -36,6 +36,7 @@ from foveate.tasks.outputs import (
     name_of,
     parse_formats,
     refuse_existing,
+    refuse_own,
     targets,
 )
 from foveate.tasks.painting import Painting
@@ -247,12 +248,13 @@ class _Job:
         kind = kind_of(native)
         endings = fitting(self.formats, kind, str(file))
         goals = targets(file, self.out, endings, self.extras)
+        refuse_own(file, goals.values())
         settings = asdict(self.config) | {"model": self.model_key, "mpp": item.mpp, "spacing": item.spacing}
         part = Part.open(self.out, name, file, settings, resume=self.resume)
         try:
             if not (self.overwrite or part.resumed):
                 refuse_existing(goals.values())
-            if not part.is_placing():
+            if not part.is_complete(tuple(goals.values())):
                 self._fill(item, native, part, goals, kind)
             part.place(tuple(goals.values()))
         except BaseException as error:
