@@ -92,3 +92,10 @@ def test_window_larger_than_the_image_is_the_image() -> None:
     part, part_labels = random_window(image, labels, 64, np.random.default_rng(0))
     assert torch.equal(part, image)
     assert torch.equal(part_labels, labels)
+
+
+def test_pixels_that_are_not_square_are_turned_by_halves() -> None:
+    image, labels = pair((24, 40))
+    shapes = {augment(image, labels, 0.5, np.random.default_rng(k), quarters=False)[1].shape for k in range(12)}
+    assert shapes == {(24, 40)}
+    assert len({augment(image, labels, 0.5, np.random.default_rng(k))[1].shape for k in range(12)}) == 2

@@ -251,6 +251,28 @@ def test_a_damaged_slide_is_found_before_training(root: Path, monkeypatch: pytes
         check_large_files(find_items(config.data), config.data)
 
 
+def test_a_broken_tile_is_neither_learned_nor_scored(root: Path) -> None:
+    path = root / "images/s0.tif"
+    with tifffile.TiffFile(path) as file:
+        places = [level.pages[0].dataoffsets[at] for level, at in zip(file.series[0].levels, (27, 5, 0), strict=True)]
+    content = bytearray(path.read_bytes())
+    for place in places:  # pixels 192 to 256 x 192 to 256 of level 0, and what covers them elsewhere
+        content[place : place + 16] = b"\xff" * 16
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=r"s0\.tif"):
+        SegmentationData(find_items(settings(root).data), settings(root), 8, train=False)[0]
+    config = settings(root, broken="skip", window=256, windows=2)
+    slide = open_first(config)
+    whole, _, weight = slide.whole(config, 8)
+    assert float(weight.sum()) < SIDE * SIDE
+    labels = slide.labels.read(((192, 192), (256, 256)))
+    assert (labels == 255).all()
+    assert len(whole.pixels)
+    filled = settings(root, broken="fill")
+    sample = SegmentationData(find_items(filled.data), filled, 8, train=False)[0]
+    assert float(sample.weight.sum()) == SIDE * SIDE
+
+
 def test_scores_of_a_slide_are_those_of_the_whole_image(root: Path) -> None:
     config = settings(root)
     data = SegmentationData(find_items(config.data), config, 8, train=False)

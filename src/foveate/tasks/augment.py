@@ -54,7 +54,12 @@ def random_window(
 
 
 def augment(
-    image: Float32[Tensor, "C *S"], labels: UInt8[Tensor, "*S"], strength: float, generator: np.random.Generator
+    image: Float32[Tensor, "C *S"],
+    labels: UInt8[Tensor, "*S"],
+    strength: float,
+    generator: np.random.Generator,
+    *,
+    quarters: bool = True,
 ) -> tuple[Float32[Tensor, "C *s"], UInt8[Tensor, "*s"]]:
     """One variation of an image and its labels, drawn only from ``generator``.
 
@@ -64,6 +69,7 @@ def augment(
         strength: 0 returns the input; up to 0.5 mirrors and quarter turns (of the last two axes, the planes of a
             volume); above, MONAI's variations grow with it and are full at 1.
         generator: source of all chance, seeded from (seed, epoch, item) by the caller.
+        quarters: allow quarter turns; False where pixels are not square, as on some planes of volumes: half turns then.
 
     Returns:
         New tensors; a quarter turn swaps the sides of a non-square image.
@@ -72,15 +78,18 @@ def augment(
     """
     if strength <= 0:
         return image, labels
-    image, labels = _mirror_and_turn(image, labels, generator)
+    image, labels = _mirror_and_turn(image, labels, generator, quarters)
     if strength > LIGHT:
         image, labels = _vary(image, labels, (strength - LIGHT) / (1 - LIGHT), int(generator.integers(2**31)))
     return image, labels
 
 
-def _mirror_and_turn(image: Tensor, labels: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+def _mirror_and_turn(
+    image: Tensor, labels: Tensor, generator: np.random.Generator, quarters: bool
+) -> tuple[Tensor, Tensor]:
     axes = [axis - labels.ndim for axis in range(labels.ndim) if generator.random() < 0.5]
     turns = int(generator.integers(4))
+    turns = turns if quarters else turns // 2 * 2
     changed = [torch.rot90(torch.flip(part, axes), turns, (-2, -1)).contiguous() for part in (image, labels)]
     return changed[0], changed[1]
 

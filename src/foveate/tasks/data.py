@@ -27,6 +27,8 @@ from foveate.tasks.slides import Slide, vary_values
 from foveate.tasks.source import is_large, open_item, open_native, spacing_of, whole_box
 from foveate.tasks.values import normalise, value_range, with_channels
 
+_SQUARE = 0.05  # relative difference of the sides of a pixel up to which a quarter turn leaves it as it is
+
 NumpyArray = NDArray[Any]
 
 
@@ -185,7 +187,9 @@ class SegmentationData(Dataset[Sample]):
                 tree = share_of(config.tree, image[0].numel() / num_pixels, labels.shape)
                 config = replace(config, tree=tree)
         if self.train:
-            image, labels = augment(image, labels, self.config.train.strength, generator)
+            sides = config.data.spacing or (1.0, 1.0)
+            square = abs(sides[-1] / sides[-2] - 1) < _SQUARE
+            image, labels = augment(image, labels, self.config.train.strength, generator, quarters=square)
         return make_sample(image, labels, config, self.patch_size, self.items[item].name)
 
     def _whole(self, i: int, slide: Slide, generator: np.random.Generator) -> Sample:
