@@ -100,6 +100,16 @@ def test_label_and_contour_overlays_leave_their_input_alone() -> None:
     assert tuple(contours[7, 7]) == (90, 90, 90)
 
 
+def test_heat_overlay_shows_the_picture_where_nothing_is_and_yellow_where_it_is_certain() -> None:
+    picture = np.full((4, 6, 3), 100, np.uint8)
+    chance = np.zeros((4, 6), np.float32)
+    chance[0], chance[1] = 1.0, 0.5
+    shown = figures.heat_overlay(picture, chance).astype(int)
+    assert (shown[2:] == shown[3, 0, 0]).all()
+    assert shown[0, 0, 0] > shown[0, 0, 2] + 50
+    assert shown[1, 0, 1] > shown[1, 0, 0]
+
+
 def test_busiest_window_finds_the_structure() -> None:
     labels = np.zeros((100, 80), np.uint8)
     labels[60:70, 50:60] = 1

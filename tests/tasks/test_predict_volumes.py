@@ -95,3 +95,12 @@ def test_planes_and_zarr_have_formats_of_their_own(model: Path, tmp_path: Path) 
     again = predict(model, tmp_path / "b.zarr", tmp_path / "out", overwrite=True)
     assert again == [store]
     assert (zarr.open_group(store, mode="r")["0"][:] == tifffile.imread(planes)).all()
+
+
+def test_a_model_of_other_axes_and_a_size_for_planes_are_refused(model: Path, tmp_path: Path) -> None:
+    nibabel.save(nibabel.Nifti1Image(_scan(), np.eye(4)), tmp_path / "a.nii.gz")
+    np.save(tmp_path / "plane.npy", np.zeros((30, 30), np.uint8))
+    with pytest.raises(FormatError, match=r"plane\.npy has 2 axes, the model was trained on 3; give a model for 2"):
+        predict(model, tmp_path / "plane.npy", tmp_path / "out")
+    with pytest.raises(FormatError, match=r"is a volume, for which mpp=0\.5 has no meaning; leave it out"):
+        predict(model, tmp_path / "a.nii.gz", tmp_path / "out", mpp=0.5)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from foveate.errors import FormatError, FoveateError
+from foveate.errors import ConfigError, FormatError, FoveateError
 from foveate.geometry.image import Real
 from foveate.geometry.leaves import Leaves
 from foveate.geometry.patches import Patches, patchify
@@ -246,6 +246,7 @@ class _Job:
             return []
         native = open_native(item, self.config.data)
         kind = kind_of(native)
+        self._check(item, native)
         endings = fitting(self.formats, kind, str(file))
         goals = targets(file, self.out, endings, self.extras)
         refuse_own(file, goals.values())
@@ -266,6 +267,16 @@ class _Job:
                 raise type(error)(f"{error}; then go on with --resume") from error
             raise
         return list(goals.values())
+
+    def _check(self, item: Item, native: Raster) -> None:
+        """Refuse an image that the model, or a size given for it, is not meant for."""
+        have, wants = len(native.shape), getattr(getattr(self.model, "config", None), "num_dims", 2)
+        if have != wants:
+            raise ConfigError(
+                f"{item.image} has {have} axes, the model was trained on {wants}; give a model for {have}"
+            )
+        if item.mpp is not None and have == 3:
+            raise ConfigError(f"{item.image} is a volume, for which mpp={item.mpp:g} has no meaning; leave it out")
 
     def _fill(self, item: Item, native: Raster, part: Part, goals: dict[str, Path], kind: str) -> None:
         """Make every output in the part folder."""
