@@ -227,7 +227,7 @@ def test_inspect_says_what_a_slide_is_and_reads_little_of_it(
     assert "level 1: 256 x 256 pixels, downsample 4, tiles of 128 x 128" in out
     assert "mpp: 0.5 um per pixel" in out
     assert "of the image" in out
-    assert "decoded of level 2: 100.00 % of its pixels, 1 tiles" in out
+    assert "decoded of level 2: 100.00 % of its pixels in 1 tile" in out
     assert float(out.split("decoded of level 0: ")[1].split(" %")[0]) < 50
     with Image.open(tmp_path / "leaves.png") as picture:
         assert picture.size == (1024, 1024)

@@ -109,7 +109,8 @@ def _cut_lazily(raster: "Raster", args: argparse.Namespace) -> "tuple[Leaves, It
 def _decoded(reading: "Reading") -> Iterator[str]:
     """How much of every level was decoded."""
     for level, (shape, pixels, tiles) in enumerate(zip(reading.levels, reading.pixels, reading.tiles, strict=True)):
-        yield f"decoded of level {level}: {100 * pixels / math.prod(shape):.2f} % of its pixels, {tiles:,} tiles"
+        share, plural = 100 * pixels / math.prod(shape), "s" * (tiles != 1)
+        yield f"decoded of level {level}: {share:.2f} % of its pixels in {tiles:,} tile{plural}"
 
 
 def _scales(leaves: "Leaves") -> Iterator[str]:
