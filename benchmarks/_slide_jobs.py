@@ -131,15 +131,21 @@ def residual(slide: str, leaves: list[int], patch_size: int = 16) -> Result:
     return {"rows": found}
 
 
-def predict(slide: str, run: str, out: str, **options: Any) -> Result:
-    """Slide to mask, through the public path; ``options`` go to ``predict``."""
+def predict(slide: str, run: str, out: str, mask: str) -> Result:
+    """Slide to mask and outlines, through the public path, and how much of the mask is true (not in the seconds)."""
+    from foveate.io.raster import open_raster
     from foveate.tasks import predict as task
 
     warm_up()
     result: Result = {"program": peak_bytes()}
     with clock(result, "seconds"):
-        written = task.predict(run, slide, out, overwrite=True, **options)
-    return result | {"files": {path.name: path.stat().st_size for path in written}}
+        written = task.predict(run, slide, out, overwrite=True)
+    result |= {"rss": peak_bytes(), "files": {path.name: path.stat().st_size for path in written}}
+    labels, truth = open_raster(next(path for path in written if path.suffix == ".tif")), open_raster(mask)
+    whole = ((0, 0), truth.shape)
+    level = next(i for i, side in enumerate(truth.levels) if max(side) <= 4096)
+    same = next(i for i, side in enumerate(labels.levels) if side == truth.levels[level])
+    return result | {"agreement": float((labels.read(whole, same) == truth.read(whole, level)).mean())}
 
 
 def random_reads(slide: str, mpp: float, count: int, side: int = 256, seed: int = 0) -> Result:
@@ -187,4 +193,4 @@ JOBS = {job.__name__: job for job in (cut, cut_flat, published, residual, predic
 
 if __name__ == "__main__":
     answer = JOBS[sys.argv[1]](**json.loads(sys.argv[2]))
-    print(json.dumps(answer | {"rss": peak_bytes()}))
+    print(json.dumps({"rss": peak_bytes()} | answer))

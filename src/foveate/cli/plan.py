@@ -54,10 +54,7 @@ def _plan_image(args: argparse.Namespace) -> int:
     budget = None if args.budget is None else parse_bytes(args.budget)
     model, run = args.model, FitConfig(tree=TreeConfig(max_leaves=1024))
     if Path(args.model).exists():
-        from foveate.tasks.predict import load_model
-
-        network, run = load_model(args.model)
-        model = network.config
+        model, run = _trained(args.model)
     source, shape = _open(args, run)
     settings: dict[str, Any] = {
         "max_leaves": (run.tree.max_leaves or 1024) if args.max_leaves is None else args.max_leaves,
@@ -75,6 +72,14 @@ def _plan_image(args: argparse.Namespace) -> int:
     settings |= {"batch_size": args.batch_size, "training": args.training, "checkpoint": args.checkpoint}
     say(plan_image(model, shape, itemsize=1 if source is None else source.dtype.itemsize, **settings))
     return 0
+
+
+def _trained(path: str) -> tuple[Any, Any]:
+    """Configuration and settings of a run, without its weights."""
+    from foveate.tasks.predict import load_model
+
+    network, run = load_model(path)
+    return network.config, run
 
 
 def _open(args: argparse.Namespace, run: Any) -> tuple[Any, tuple[int, ...]]:
