@@ -188,13 +188,14 @@ def test_endings_of_two_parts_are_one(tmp_path: Path) -> None:
 def test_folders_that_are_images(tmp_path: Path) -> None:
     (tmp_path / "a.zarr").mkdir()
     (tmp_path / "a.zarr/zarr.json").touch()
-    (tmp_path / "series").mkdir()
-    (tmp_path / "series/1").write_bytes(bytes(128) + b"DICM")
+    for name in ("1.2.7", "1.2.8"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "slice").write_bytes(bytes(128) + b"DICM")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/text.txt").touch()
     (tmp_path / "empty").mkdir()
     items = find_items(DataConfig(root=str(tmp_path), images="*", masks=None))
-    assert [item.name for item in items] == ["a", "series"]
+    assert [item.name for item in items] == ["1.2.7", "1.2.8", "a"]
 
 
 def test_the_manifest_says_how_large_pixels_are(tmp_path: Path) -> None:

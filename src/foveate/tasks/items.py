@@ -125,7 +125,12 @@ def _item(root: Path, data: DataConfig, row: Mapping[str, Any]) -> Item:
 
 
 def stem_of(path: Path) -> str:
-    """The name of an image without its ending, of which ``.nii.gz``, ``.ome.tif`` and their like are one."""
+    """The name of an image without its ending, of which ``.nii.gz``, ``.ome.tif`` and their like are one.
+
+    A folder has no ending but ``.zarr``: those of DICOM series are often named by numbers with dots.
+    """
+    if path.is_dir() and path.suffix.lower() != ".zarr":
+        return path.name
     return _ENDING.sub("", path.name) if _ENDING.search(path.name) else path.stem
 
 
