@@ -276,3 +276,13 @@ def test_resume_does_not_replace_what_it_did_not_begin(model: Path, slide: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["a.ome.tif"]
     predict(model, slide, tmp_path, overwrite=True)
     assert (tmp_path / "a.ome.tif").stat().st_size > 100
+
+
+def test_values_that_the_disk_lost_are_computed_again(
+    model: Path, slide: Path, mask: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _stop_at(monkeypatch, 5, model, slide, tmp_path)
+    kept = tmp_path / ".a.part" / "values.safetensors"
+    kept.write_bytes(kept.read_bytes()[:100])
+    written = predict(model, slide, tmp_path, resume=True)
+    assert written[0].read_bytes() == mask.read_bytes()
