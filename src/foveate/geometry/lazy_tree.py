@@ -35,6 +35,8 @@ from foveate.geometry.pyramid import (
 from foveate.geometry.source import Source
 from foveate.geometry.tree import _check_roots, _leaves, _Options, _walk
 
+LOSS = 0.005  # share of the residual that may be missed by not looking
+CHEAP = 64  # level-0 pixels per pixel of a level that is read on suspicion
 MOST_HELD = 1 << 28  # pixels of a level that is read whole
 MOST_MEASURED = 1 << 26  # of one that another detail than the residual is measured on
 
@@ -86,6 +88,7 @@ class Growth:
         self._ratios = split_ratios(sizes)
         _check_roots(int(self._dims[-1].prod()), options)
         self._saved: list[Values] = [np.zeros(0)] * len(sizes)
+        self._hints: list[Values] = [np.zeros(0)] * len(sizes)
         samples = zip(triple(sizes[-1]), sample_sizes(sizes, options.patch_size)[-1], strict=True)
         self._samples = [side // e if e > 1 else side for side, e in samples]
 
@@ -101,12 +104,11 @@ class Growth:
         self._hold(stage, [read_level(self.source, stage.level, stage.step, self.count)], stage.high)
         for stage in self.stages[1:]:
             top = stage.high + 1
-            unit = min(top + 1, len(self.sizes) - 1)
-            chosen = self._promising(unit, stage) if unit > top else np.ones(self._dims[top], bool)
+            chosen = self._promising(top, stage)
             if not chosen.any():
                 break
             cells = np.argwhere(chosen)[:, 3 - len(self.source.shape) :]
-            size = [side // by for side, by in zip(self.sizes[unit], stage.step, strict=True)]
+            size = [side // by for side, by in zip(self.sizes[top], stage.step, strict=True)]
             self._hold(stage, read_cells(self.source, stage.level, stage.step, cells, size, self.count), top)
         low = self.held[-1][0].low
         values = [gain + more for gain, more in zip(*self._values(low), strict=True)]
@@ -116,9 +118,10 @@ class Growth:
         """Price the splits of the scales ``low + 1 .. top`` of a stage in the cells that were read."""
         self.held.append((stage, stacks))
         for k in range(stage.low, top + 1):
-            if k > stage.low or not self._saved[k].size:
-                self._saved[k] = np.zeros(self._dims[k])
+            self._saved[k] = np.zeros(self._dims[k])
+            self._hints[k] = np.zeros(self._dims[k])
         chain = self._chain(stage, top)
+        ratio = self._ratios[stage.low][3 - len(chain[0]) :] if self._ratios else (1,) * len(chain[0])
         per_level = float(np.prod(stage.step))
         samples = self._samples[3 - len(self.source.shape) :]
         for stack in stacks:
@@ -126,6 +129,17 @@ class Growth:
             errors = merge_errors(as_volume(image), image.shape[1:], chain, samples)
             for k in range(stage.low + 1, top + 1):
                 stack.scatter(errors[k - stage.low] * per_level, chain[k - stage.low], self._saved[k])
+            if stage.low == 0:
+                continue
+            finer = tuple(side // r for side, r in zip(chain[0], ratio, strict=True))
+            errors = merge_errors(
+                as_volume(image),
+                image.shape[1:],
+                (finer, *chain),
+                [n // r for n, r in zip(samples, ratio, strict=True)],
+            )
+            for k in range(stage.low, top + 1):
+                stack.scatter(errors[k - stage.low + 1] * per_level, chain[k - stage.low], self._hints[k])
 
     def _values(self, low: int) -> tuple[list[Values], list[Values]]:
         """Of the scales from ``low``: what a split saves per leaf, and what the prior adds to that."""
@@ -147,10 +161,16 @@ class Growth:
             for size in self.sizes[stage.low : top + 1]
         )
 
-    def _promising(self, unit: int, stage: Stage) -> NDArray[np.bool_]:
-        gains, bonus = self._values(unit - 1)
+    def _promising(self, top: int, stage: Stage) -> NDArray[np.bool_]:
+        gains, bonus = self._values(top)
         splits = (self.options.max_leaves or 0) - int(self._dims[-1].prod())
-        return promising(gains[1:], bonus[1:], self._ratios[unit - 1 :], splits, (stage.high - stage.low + 1, unit - 1))
+        hints = [
+            self._hints[k] / (math.prod(self._ratios[k - 1]) - 1) for k in range(top, min(top + 2, len(self.sizes)))
+        ]
+        ahead = top if math.prod(stage.step) < CHEAP else 0
+        return promising(
+            hints, gains, bonus, self._ratios[top - 1 :], splits, (stage.high - stage.low + 1, ahead), LOSS
+        )
 
     def _walk(self, values: Sequence[Values], low: int) -> Leaves:
         """The leaves of the tree of the scales from ``low``."""
