@@ -381,3 +381,10 @@ def test_inspect_and_plan_data(run: Path, capsys: pytest.CaptureFixture[str]) ->
     _truncated(run.parent / "data" / "images" / "003.png")
     assert main(["inspect", "--data", config]) == 2
     assert "003" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    command = f"{sys.executable} -u -m foveate --help | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert "foveate" in done.stdout
+    assert done.stderr == ""

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 a mistake that the user can mend (one line on standard error), 130 interrupted.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = one_line(stop) if str(stop) else "what was written before is complete"
         sys.stderr.write(f"foveate: interrupted: {text}\n")
         return 130
+    except BrokenPipeError:  # whoever read our output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (FoveateError, OSError, MemoryError) as error:
         if debug:
             raise
