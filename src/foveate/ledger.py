@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+_GOLDEN = (math.sqrt(5) - 1) / 2
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -104,7 +105,11 @@ class Ledger(TorchDispatchMode):
 
 
 class RealIndices(TorchFunctionMode):
-    """Keeps whole numbers real: tables of neighbours decide shapes, so only floating point goes without memory."""
+    """Keeps whole numbers real: tables of neighbours decide shapes, so only floating point goes without memory.
+
+    Numbers without memory sort into an order whose beginning is spread evenly, so that the first few of them, chosen as
+    tokens, lie apart and have the most neighbours.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -112,6 +117,9 @@ class RealIndices(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is Tensor.to and not args[0].is_floating_point() and _names_meta((*args[1:], *kwargs.values())):
             return args[0]
+        if func is Tensor.argsort and args[0].is_meta:
+            spread = torch.arange(args[0].shape[-1]) * _GOLDEN % 1.0
+            return spread.expand(args[0].shape).argsort(*args[1:], **kwargs)
         whole = func is torch.arange or kwargs.get("dtype") in (torch.bool, torch.int32, torch.int64)
         if whole and _names_meta((kwargs.get("device"),)):
             kwargs["device"] = "cpu"

@@ -25,15 +25,21 @@ from foveate.geometry.tree import adaptive_leaves
 from foveate.io.write import atomic_write
 from foveate.nn.assembler import COMPLETIONS, TokenAssembler
 from foveate.nn.decoder import LinearDecoder, TokenDecoder
-from foveate.nn.encoder import Block, Encoder, EncoderConfig, EncoderProtocol, enough_rows
+from foveate.nn.encoder import Block, Encoder, EncoderConfig, EncoderOutput, EncoderProtocol, enough_rows
 from foveate.nn.pruner import AS_TRAINED, Pruning, TokenPruner
 from foveate.nn.scorer import TokenScorer
+from foveate.nn.sparse_decoder import SparseDecoder
 from foveate.nn.trail import Scores
 from foveate.nn.unetr import DenseDecoder
 from foveate.nn.weights import load_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-_DECODERS: dict[str, Callable[..., nn.Module]] = {"token": TokenDecoder, "linear": LinearDecoder, "unetr": DenseDecoder}
+_DECODERS: dict[str, Callable[..., nn.Module]] = {
+    "token": TokenDecoder,
+    "linear": LinearDecoder,
+    "unetr": DenseDecoder,
+    "sparse": SparseDecoder,
+}
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 
 
@@ -44,7 +50,8 @@ class ModelConfig(EncoderConfig):
     num_classes: int = 2
     """K, background included."""
     decoder: str = "token"
-    """``token`` (multi-scale, in token space), ``linear`` (per leaf) or ``unetr`` (the dense reference)."""
+    """``token`` (multi-scale, in token space), ``sparse`` (the same, at full resolution only where tokens were kept),
+    ``linear`` (per leaf) or ``unetr`` (the dense reference)."""
     decoder_width: int = 16
     """Channels of the decoder at full resolution."""
     scorer: str = "light"
@@ -53,6 +60,8 @@ class ModelConfig(EncoderConfig):
     """Gradient of the choice of tokens: ``threshold``, or ``softmax`` (published)."""
     completion: str = "cross"
     """How pruned tokens catch up before decoding: ``cross``, ``none``, ``block`` (published) or ``mask``."""
+    active_stage: int = -1
+    """Index of the prune point whose kept tokens the ``sparse`` decoder decodes at full resolution; -1: the last."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +71,12 @@ class ModelConfig(EncoderConfig):
             raise ConfigError(
                 f"num_classes={self.num_classes}, decoder_width={self.decoder_width}: both must be at least 1; "
                 "give positive whole numbers"
+            )
+        stages = len(self.prune_after)
+        if stages and not -stages <= self.active_stage < stages:
+            raise ConfigError(
+                f"active_stage={self.active_stage} is no index into prune_after={self.prune_after}; "
+                "0 is the first prune point, -1 the last"
             )
         for name, known in (("scorer", ("light", "published")), ("completion", COMPLETIONS)):
             if getattr(self, name) not in known:
@@ -77,7 +92,9 @@ def _named() -> dict[str, ModelConfig]:
             models[f"apf_vit_{size}{suffix}"] = replace(plane, decoder=decoder)
             models[f"apf_vit_{size}_3d{suffix}"] = replace(volume, decoder=decoder)
         for dims, base in (("", plane), ("_3d", volume)):
-            models[f"scd_vit_{size}{dims}"] = replace(base, prune_after=(2, 5, 8), keep_ratio=(0.5, 0.25, 0.25))
+            models[f"scd_vit_{size}{dims}"] = replace(
+                base, prune_after=(2, 5, 8), keep_ratio=(0.5, 0.25, 0.25), decoder="sparse"
+            )
     return models
 
 
@@ -192,7 +209,8 @@ class SegmentationModel(nn.Module):
     Args:
         config: what was built; saved beside the weights.
         encoder: any ``EncoderProtocol`` module.
-        decoder: takes the encoder's hidden states and the patches.
+        decoder: takes the encoder's hidden states and the patches; where its ``wants_active`` is true, also the
+            ascending positions of the tokens that were kept, as ``active``.
         assembler: brings pruned tokens back, where the encoder prunes.
     """
 
@@ -229,8 +247,16 @@ class SegmentationModel(nn.Module):
             hidden = (*hidden[:-1], self.assembler(out.parts, patches))
         if scores is not None:
             scores += out.scores
-        logits: Tensor = self.decoder(hidden, patches)
+        active = {"active": self._active(out)} if getattr(self.decoder, "wants_active", False) else {}
+        logits: Tensor = self.decoder(hidden, patches, **active)
         return logits[:num_patches]
+
+    def _active(self, out: EncoderOutput) -> Tensor | None:
+        """Tokens that the configured prune point kept; None where nothing is pruned."""
+        if not out.parts:
+            return None
+        first = range(len(out.scores))[self.config.active_stage] + 1
+        return torch.cat([part.rows for part in out.parts[first:]]).sort().values
 
     @torch.no_grad()
     def segment(

@@ -4,17 +4,15 @@ Legend: T leaves of a pack, n leaves of a chunk, P samples per side of a patch, 
 R = T * S rows, C channels of a stage, D token width, K classes, N dimensions.
 """
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from foveate.errors import ConfigError, ShapeError
-from foveate.geometry.leaves import Leaves
+from foveate.errors import ConfigError
 from foveate.geometry.patches import Patches
 from foveate.nn.halo import HaloConv, HaloMaps, by_chunks, halo_pad
+from foveate.nn.stages import HaloBlock, check_hidden, check_settings, double, log_scale
 
 MAX_RANK = 128  # of a skip from tokens to samples: D x C x p^N weights would dwarf the encoder in 3-D
 MAX_GROWTH = 8  # of the channels towards one sample per leaf, as in UNETR
@@ -48,7 +46,7 @@ class LinearDecoder(nn.Module):
         channels: int,
     ) -> None:
         super().__init__()
-        _check_settings(num_dims, num_classes, patch_size, num_hidden, channels)
+        check_settings(num_dims, num_classes, patch_size, num_hidden, channels)
         self.num_dims, self.num_classes, self.patch_size = num_dims, num_classes, patch_size
         self.num_hidden = num_hidden
         self.norm = nn.LayerNorm(width)
@@ -56,7 +54,7 @@ class LinearDecoder(nn.Module):
 
     def forward(self, hidden: tuple[Float[Tensor, "T D"], ...], patches: Patches) -> Float[Tensor, "T K *P"]:
         """Logits of every sample, packed as ``patches.pixels``."""
-        _check_hidden(hidden, patches, self.num_hidden, self.patch_size)
+        check_hidden(hidden, patches, self.num_hidden, self.patch_size)
         logits: Tensor = self.head(self.norm(hidden[-1]))
         return logits.view(-1, self.num_classes, *(self.patch_size,) * self.num_dims)
 
@@ -99,7 +97,7 @@ class TokenDecoder(nn.Module):
         channels: int = 16,
     ) -> None:
         super().__init__()
-        _check_settings(num_dims, num_classes, patch_size, num_hidden, channels)
+        check_settings(num_dims, num_classes, patch_size, num_hidden, channels)
         if patch_size & (patch_size - 1):
             raise ConfigError(
                 f"patch_size={patch_size}: the token decoder doubles resolution from 1 to patch_size, which must be a "
@@ -134,10 +132,10 @@ class TokenDecoder(nn.Module):
             patches: What the tokens were made of.
             maps: Neighbour tables of these leaves from an earlier call; made here when missing.
         """
-        _check_hidden(hidden, patches, self.num_hidden, self.patch_size)
+        check_hidden(hidden, patches, self.num_hidden, self.patch_size)
         device = patches.pixels.device
         maps = HaloMaps(patches.leaves, device) if maps is None else maps
-        scale_TN = _log_scale(patches.leaves, self.patch_size).to(device, self.head.weight.dtype)
+        scale_TN = log_scale(patches.leaves, self.patch_size).to(device, self.head.weight.dtype)
         pixels = patches.pixels.to(self.head.weight.dtype)
         x_RC: Tensor | None = None
         for step, stage in enumerate(self.stages):
@@ -160,7 +158,7 @@ class _Stage(nn.Module):
         self.num_dims, self.channels, self.side = num_dims, channels, side
         self.up = nn.Linear(below, channels * 2**num_dims) if below is not None else None
         self.stem = HaloConv(num_dims, in_chans, channels) if in_chans is not None else None
-        self.block = _HaloBlock(num_dims, channels)
+        self.block = HaloBlock(num_dims, channels)
 
     def forward(
         self,
@@ -180,7 +178,7 @@ class _Stage(nn.Module):
             parts = [project(x_TD[start:stop]).view(-1, self.channels) for x_TD, project in skips]
             if self.up is not None and below_RC is not None:
                 rows = slice(start * samples >> self.num_dims, stop * samples >> self.num_dims)
-                parts.append(_double(self.up(below_RC[rows]), self.side // 2, self.num_dims))
+                parts.append(double(self.up(below_RC[rows]), self.side // 2, self.num_dims))
             if self.stem is not None and pixel_rows is not None:
                 parts.append(functional.gelu(self.stem(pixel_rows, index_TH[start:stop])))
             total: Tensor = sum(parts[1:], parts[0])
@@ -260,65 +258,8 @@ class _Around:
         return made
 
 
-class _HaloBlock(nn.Module):
-    """Halo convolution, norm over channels, modulation by the size of the leaf, GELU."""
-
-    def __init__(self, num_dims: int, channels: int) -> None:
-        super().__init__()
-        self.conv = HaloConv(num_dims, channels, channels)
-        self.norm = nn.LayerNorm(channels)
-        modulate = nn.Linear(16, 2 * channels)
-        nn.init.zeros_(modulate.weight)  # a fresh decoder treats all sizes alike
-        nn.init.zeros_(modulate.bias)
-        self.modulation = nn.Sequential(nn.Linear(num_dims, 16), nn.GELU(), modulate)
-
-    def forward(self, padded_nHC: Tensor, scale_nN: Tensor) -> Tensor:
-        y_RC = self.norm(self.conv.convolve(padded_nHC))
-        y_TSC = y_RC.view(len(scale_nN), -1, y_RC.shape[1])
-        gain_T1C, shift_T1C = self.modulation(scale_nN)[:, None].chunk(2, dim=-1)
-        return functional.gelu(torch.addcmul(shift_T1C, y_TSC, 1 + gain_T1C)).view_as(y_RC)
-
-
 def _token_skip(width: int, out: int) -> nn.Module:
     """Token to all samples of its leaf, through at most ``MAX_RANK`` numbers."""
     if min(width, out) <= MAX_RANK:
         return nn.Linear(width, out)
     return nn.Sequential(nn.Linear(width, MAX_RANK, bias=False), nn.Linear(MAX_RANK, out))
-
-
-def _double(x_RC: Tensor, side: int, num_dims: int) -> Tensor:
-    """Rows of ``side``^N samples with 2^N * C channels (sub-sample first) to rows of (2 side)^N samples with C."""
-    grid = x_RC.view(-1, *(side,) * num_dims, *(2,) * num_dims, x_RC.shape[1] >> num_dims)
-    pairs = [axis for i in range(num_dims) for axis in (1 + i, 1 + num_dims + i)]
-    return grid.permute(0, *pairs, 1 + 2 * num_dims).reshape(-1, x_RC.shape[1] >> num_dims)
-
-
-def _log_scale(leaves: Sequence[Leaves], patch_size: int) -> Tensor:
-    """log2 of pixels per sample and axis: 0 where a leaf is stored at its own resolution."""
-    return (torch.cat([one.size for one in leaves]).to(torch.float32) / patch_size).log2()
-
-
-def _check_settings(num_dims: int, num_classes: int, patch_size: int, num_hidden: int, channels: int) -> None:
-    if num_dims not in (2, 3):
-        raise ConfigError(f"num_dims={num_dims}: leaves are 2-D or 3-D; pass 2 or 3")
-    settings = {"num_classes": num_classes, "patch_size": patch_size, "num_hidden": num_hidden, "channels": channels}
-    for name, value in settings.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value}: a decoder needs at least 1; pass {name} >= 1")
-
-
-def _check_hidden(hidden: tuple[Tensor, ...], patches: Patches, num_hidden: int, patch_size: int) -> None:
-    if len(hidden) != num_hidden:
-        raise ShapeError(
-            f"{len(hidden)} hidden states: the decoder was built for {num_hidden}; give the encoder as many out_blocks"
-        )
-    if patches.pixels.shape[-1] != patch_size:
-        raise ShapeError(
-            f"patches of {patches.pixels.shape[-1]} samples per side: the decoder was built for {patch_size}; "
-            f"call patchify with patch_size={patch_size}"
-        )
-    if any(len(x_TD) != len(patches.pixels) for x_TD in hidden):
-        raise ShapeError(
-            f"hidden states of {[len(x_TD) for x_TD in hidden]} tokens for {len(patches.pixels)} patches: "
-            f"drop the prefix tokens first"
-        )

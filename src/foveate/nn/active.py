@@ -1,0 +1,90 @@
+"""Neighbour tables of some leaves of a pack: their own samples, and the rim of other leaves' samples around them.
+
+Legend: T leaves of a pack, A active leaves, p samples per side at a level, S = p^N samples of a leaf, H = (p+2)^N of
+them with the halo, M rim samples, N dimensions. A *row* is leaf * S + sample, counted through the pack.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int, Int64
+from torch import Tensor
+
+from foveate.geometry.leaves import Leaves
+from foveate.geometry.samples import halo_rows
+
+
+@dataclass(frozen=True, eq=False)
+class ActiveLevel:
+    """One resolution of the active leaves.
+
+    Args:
+        side: p.
+        rim: rows of other leaves' samples that are needed here, ascending.
+        index: what lies under each padded cell of every active leaf: a position in the active leaves' samples followed
+            by the rim; -1 outside the image. Empty at the coarsest level, which nothing convolves.
+        origin: for each rim sample the position of its parent in the rim of the level below, times 2^N, plus which of
+            the parent's sub-samples it is. Empty at the coarsest level.
+    """
+
+    side: int
+    rim: Int64[Tensor, " M"]
+    index: Int[Tensor, "A H"]
+    origin: Int64[Tensor, " M2"]
+
+    def to(self, device: torch.device) -> "ActiveLevel":
+        """The level on another device."""
+        return ActiveLevel(self.side, self.rim.to(device), self.index.to(device), self.origin.to(device))
+
+
+@torch.no_grad()
+def active_levels(leaves: Sequence[Leaves], active: Int64[Tensor, " A"], sides: Sequence[int]) -> list[ActiveLevel]:
+    """Tables of the active leaves at each resolution, coarse to fine; a level's rim holds the parents of the next one.
+
+    Args:
+        leaves: one per image, in the order of the pack.
+        active: positions in the pack of the active leaves, ascending, on the CPU.
+        sides: p of each level, doubling.
+
+    Cost: follows the active leaves: time and 8 bytes per padded sample of theirs, at the finest level foremost.
+    """
+    num_dims = leaves[0].num_dims
+    slot_T = torch.full((sum(map(len, leaves)),), -1, dtype=torch.int64)
+    slot_T[active] = torch.arange(len(active))
+    levels: list[ActiveLevel] = []
+    parent_M = part_M = active.new_empty(0)  # of the rim of the level above
+    for level, side in reversed(list(enumerate(sides))):
+        samples = side**num_dims
+        row_AH = _halo(leaves, active, side) if level else active.new_empty((0, (side + 2) ** num_dims))
+        slot_AH = slot_T[row_AH.clamp_min(0) // samples]
+        other_AH = (row_AH >= 0) & (slot_AH < 0)
+        touched_Q = row_AH[other_AH]
+        rim, at = torch.cat([touched_Q, parent_M]).unique(return_inverse=True)
+        index_AH = torch.where(row_AH < 0, -1, slot_AH * samples + row_AH % samples)
+        index_AH[other_AH] = len(active) * samples + at[: len(touched_Q)]
+        if levels:
+            levels[-1] = replace(levels[-1], origin=at[len(touched_Q) :] * 2**num_dims + part_M)
+        levels.append(ActiveLevel(side, rim, index_AH, active.new_empty(0)))
+        parent_M, part_M = _parents(rim, side, num_dims)
+    return levels[::-1]
+
+
+def _halo(leaves: Sequence[Leaves], active: Tensor, side: int) -> Tensor:
+    """Rows under the padded cells of the active leaves, "A H"; -1 outside."""
+    parts, first = [], 0
+    for one in leaves:
+        own = active[(active >= first) & (active < first + len(one))] - first
+        row_AH = halo_rows(one, side, own.numpy(), repeat=False).flatten(1)
+        parts.append(torch.where(row_AH < 0, -1, row_AH + first * side**one.num_dims))
+        first += len(one)
+    return torch.cat(parts)
+
+
+def _parents(row_M: Tensor, side: int, num_dims: int) -> tuple[Tensor, Tensor]:
+    """Row of each sample's parent at half the resolution, and which of its sub-samples it is."""
+    parent_M, part_M = row_M // side**num_dims, torch.zeros_like(row_M)
+    for axis in range(num_dims):
+        at_M = row_M // side ** (num_dims - 1 - axis) % side
+        parent_M, part_M = parent_M * (side // 2) + at_M // 2, part_M * 2 + at_M % 2
+    return parent_M, part_M
