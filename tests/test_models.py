@@ -15,11 +15,14 @@ from foveate.models import create_config
 
 TINY = {"width": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "pos_grid": 4, "decoder_width": 4}
 NAMES = ["apf_vit_tiny", "apf_vit_tiny_linear", "apf_vit_tiny_3d", "apf_vit_tiny_3d_linear"]
+PRUNING = ["scd_vit_tiny", "scd_vit_tiny_3d"]
+POINTS = {"depth": 3, "prune_after": (0, 1), "keep_ratio": (0.5, 0.25)}
 
 
 def tiny(name: str, **changes: object) -> fv.SegmentationModel:
     torch.manual_seed(0)
-    return fv.create_model(name, in_chans=2, num_classes=3, **{**TINY, **changes})  # type: ignore[arg-type]
+    points = POINTS if name in PRUNING else {}
+    return fv.create_model(name, in_chans=2, num_classes=3, **{**TINY, **points, **changes})  # type: ignore[arg-type]
 
 
 def patches_of(model: fv.SegmentationModel, seed: int = 0, side: int = 16, max_leaves: int = 22) -> fv.Patches:
@@ -28,7 +31,7 @@ def patches_of(model: fv.SegmentationModel, seed: int = 0, side: int = 16, max_l
     return fv.patchify(image, fv.adaptive_leaves(image, max_leaves=max_leaves, min_size=4), 4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + PRUNING)
 def test_logits_are_packed_like_the_pixels(name: str) -> None:
     model = tiny(name)
     patches = patches_of(model)
@@ -46,7 +49,7 @@ def three_images(model: fv.SegmentationModel) -> list[fv.Patches]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"rope": True, "num_registers": 2, "layer_scale": 0.1}])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + PRUNING)
 def test_an_image_has_the_same_answer_in_any_company(name: str, changes: dict[str, object]) -> None:
     model = tiny(name, **changes).eval()
 
@@ -57,7 +60,7 @@ def test_an_image_has_the_same_answer_in_any_company(name: str, changes: dict[st
     laws.batch_invariance(apply, three_images(model))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + PRUNING)
 def test_an_image_has_the_same_gradient_in_any_company(name: str) -> None:
     model = tiny(name).eval()
 
@@ -69,7 +72,7 @@ def test_an_image_has_the_same_gradient_in_any_company(name: str) -> None:
     laws.batch_invariance(apply, three_images(model), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + PRUNING)
 def test_padding_never_reaches_a_model(name: str) -> None:
     model = tiny(name).eval()
     padded = fv.pack(three_images(model)).pad()
@@ -82,7 +85,7 @@ def test_padding_never_reaches_a_model(name: str) -> None:
     laws.padding_is_never_data(apply, padded.pixels, padded.valid, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + PRUNING)
 def test_the_place_in_the_sequence_carries_no_meaning(name: str) -> None:
     model = tiny(name, rope=True).eval()
     patches = patches_of(model, 1, 32, 40)
@@ -96,7 +99,7 @@ def test_the_place_in_the_sequence_carries_no_meaning(name: str) -> None:
     laws.order_invariance(apply, torch.arange(len(turn)), turn, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + PRUNING)
 def test_a_model_is_deterministic(name: str) -> None:
     model = tiny(name).train()
     patches = patches_of(model)

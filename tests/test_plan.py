@@ -27,8 +27,8 @@ NAMES = ["apf_vit_tiny", "apf_vit_tiny_linear", "apf_vit_tiny_3d"]
 
 
 def small(name: str, **changes: object) -> object:
-    config = create_config(name, width=48, depth=2, num_heads=3, out_blocks=(0, 1), decoder_width=8)
-    return replace(config, **changes)
+    settings = {"width": 48, "depth": 2, "num_heads": 3, "out_blocks": (0, 1), "decoder_width": 8}
+    return create_config(name, **{**settings, **changes})
 
 
 def run_for_real(config: object, num_leaves: int, batch_size: int, *, training: bool) -> Ledger:
@@ -53,6 +53,16 @@ def test_law_the_plan_is_true(name: str, training: bool) -> None:
     config = small(name)
     projected = plan(config, 24, 3, training=training).activation_bytes
     measured = run_for_real(config, 24, 3, training=training).peak
+    assert measured <= projected <= 1.25 * measured
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["scd_vit_tiny", "scd_vit_tiny_3d"])
+def test_law_the_plan_is_true_where_tokens_are_pruned(name: str, training: bool) -> None:
+    """Which tokens stay decides how many neighbours they have; the rehearsal spreads them evenly."""
+    config = small(name, depth=4, out_blocks=(0, 3), prune_after=(0, 2), keep_ratio=(0.5, 0.25))
+    projected = plan(config, 100, 2, training=training).activation_bytes
+    measured = run_for_real(config, 100, 2, training=training).peak
     assert measured <= projected <= 1.25 * measured
 
 

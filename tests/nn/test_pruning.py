@@ -76,19 +76,37 @@ def test_prune_points_lie_before_the_last_block(points: tuple[int, ...]) -> None
         create_config("apf_vit_tiny", depth=4, prune_after=points)
 
 
+@pytest.mark.parametrize("stage", [2, -3])
+def test_active_stages_are_prune_points(stage: int) -> None:
+    with pytest.raises(ConfigError, match=rf"active_stage={stage} is no index into prune_after=\(0, 2\)"):
+        tiny(active_stage=stage)
+
+
+@pytest.mark.parametrize(("stage", "kept"), [(0, 50), (1, 25), (-1, 25)])
+def test_tokens_that_a_stage_kept_are_decoded_finely(stage: int, kept: int) -> None:
+    model, patches, seen = tiny(active_stage=stage), pack_of(), []
+    model.decoder.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["active"]), with_kwargs=True)
+    model(patches)
+    parts = model.encoder(patches).parts
+    assert torch.equal(seen[0], torch.cat([part.rows for part in parts[-1 if kept == 25 else 1 :]]).sort().values)
+    assert abs(len(seen[0]) - kept) <= 1
+
+
 @pytest.mark.parametrize("changes", [{"completion": "all"}, {"scorer": "big"}, {"estimator": "magic"}])
 def test_unknown_parts_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="choose one"):
         tiny(**changes)
 
 
+@pytest.mark.parametrize("decoder", ["sparse", "token"])
 @pytest.mark.parametrize("completion", ["none", "cross"])
 @pytest.mark.parametrize("num_dims", [2, 3])
-def test_keeping_everything_is_the_unpruned_model(num_dims: int, completion: str) -> None:
+def test_keeping_everything_is_the_unpruned_model(num_dims: int, completion: str, decoder: str) -> None:
     """Neutrality: at keep_ratio=1 the logits are those of the model without prune points."""
     suffix = "" if num_dims == 2 else "_3d"
-    pruning = tiny(f"scd_vit_tiny{suffix}", completion=completion).eval()
-    plain = fv.create_model(f"apf_vit_tiny{suffix}", in_chans=2, num_classes=3, **TINY).eval()  # type: ignore[arg-type]
+    pruning = tiny(f"scd_vit_tiny{suffix}", completion=completion, decoder=decoder).eval()
+    settings = {**TINY, "decoder": decoder}
+    plain = fv.create_model(f"apf_vit_tiny{suffix}", in_chans=2, num_classes=3, **settings).eval()  # type: ignore[arg-type]
     state = pruning.state_dict()
     plain.load_state_dict({name: state[name] for name in plain.state_dict()})
     patches = pack_of(num_dims)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
+from foveate.errors import ShapeError
 from foveate.geometry.leaves import Leaves
 from foveate.geometry.samples import halo_rows
 
@@ -47,10 +48,19 @@ def active_levels(leaves: Sequence[Leaves], active: Int64[Tensor, " A"], sides: 
         active: positions in the pack of the active leaves, ascending, on the CPU.
         sides: p of each level, doubling.
 
+    Raises:
+        ShapeError: ``active`` does not ascend, or leaves the pack.
+
     Cost: follows the active leaves: time and 8 bytes per padded sample of theirs, at the finest level foremost.
     """
     num_dims = leaves[0].num_dims
-    slot_T = torch.full((sum(map(len, leaves)),), -1, dtype=torch.int64)
+    total = sum(map(len, leaves))
+    if len(active) and (bool((active.diff() <= 0).any()) or int(active[0]) < 0 or int(active[-1]) >= total):
+        raise ShapeError(
+            f"active leaves must ascend within 0..{total - 1}, got {len(active)} from {int(active[0])} to "
+            f"{int(active[-1])}; sort them"
+        )
+    slot_T = torch.full((total,), -1, dtype=torch.int64)
     slot_T[active] = torch.arange(len(active))
     levels: list[ActiveLevel] = []
     parent_M = part_M = active.new_empty(0)  # of the rim of the level above

@@ -146,16 +146,23 @@ class SparseDecoder(nn.Module):
         scale_TN = log_scale(patches.leaves, self.patch_size).to(device, self.coarse.weight.dtype)
         trunk_RC = self._trunk(hidden, patches, scale_TN)
         coarse = self.coarse(trunk_RC).view(len(scale_TN), -1, self.num_classes).transpose(1, 2)
-        levels = [level.to(device) for level in active_levels(patches.leaves, active, self.sides)]
-        active = active.to(device)
+        fine = coarse.new_empty(0, self.num_classes, self.patch_size**self.num_dims)
+        if len(active):
+            fine = self._fine(trunk_RC, patches, active, scale_TN)
+        return SparseLogits(coarse, fine, active.to(device), self.linear)
+
+    def _fine(self, trunk_RC: Tensor, patches: Patches, active: Tensor, scale_TN: Tensor) -> Tensor:
+        """What the stages add to the logits of the active leaves, "A K P^N"."""
+        levels = [level.to(trunk_RC.device) for level in active_levels(patches.leaves, active, self.sides)]
+        active = active.to(trunk_RC.device)
         pixels = patches.pixels.to(self.coarse.weight.dtype)
         own_RC = trunk_RC.view(len(scale_TN), -1).index_select(0, active).view(-1, trunk_RC.shape[1])
         rim_MC = trunk_RC.index_select(0, levels[0].rim)
         scale_AN = scale_TN.index_select(0, active)
         for stage, level in zip(self.stages, levels[1:], strict=True):
             own_RC, rim_MC = stage(own_RC, rim_MC, pixels, active, scale_AN, level)
-        fine = self.fine(own_RC).view(len(active), -1, self.num_classes).transpose(1, 2)
-        return SparseLogits(coarse, fine, active, self.linear)
+        logits: Tensor = self.fine(own_RC)
+        return logits.view(len(active), -1, self.num_classes).transpose(1, 2)
 
     def _trunk(self, hidden: tuple[Tensor, ...], patches: Patches, scale_TN: Tensor) -> Tensor:
         """Features of all leaves at a quarter of the resolution, rows "T * Q^N C"."""
