@@ -110,6 +110,27 @@ def test_the_error_is_that_of_the_whole_tree(max_leaves: int, steps: tuple[int, 
     )
 
 
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((300, 256), {"patch_size": 5}),  # samples that cannot be halved
+        ((256, 256), {"patch_size": 1}),
+        ((256, 256), {"patch_size": 8, "max_size": 128}),  # roots that the coarsest level of use does not price
+        ((256, 256), {"patch_size": 8, "min_size": 32}),
+        ((40, 128, 128), {"patch_size": 8, "spacing": (3.0, 1.0, 1.0)}),
+    ],
+)
+def test_the_error_is_that_of_the_whole_tree_for_any_sizes(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    image = textured(shape, 1)
+    source = TiledRaster(image, coarser=mean_levels(image, (2, 4, 8)), tile=16)
+    found, _ = lazy_patches(source, 250, **options)
+    whole = adaptive_patches(image, 250, **options)
+    side = options["patch_size"]
+    assert error(image, found.leaves[0], side) <= 1.01 * error(image, whole.leaves[0], side)
+    assert found.leaves[0].covers()
+    assert max(source.reads.values()) == 1
+
+
 def test_flat_parts_and_few_leaves_need_few_pixels() -> None:
     image = textured((1024, 1024), 2)
     source = TiledRaster(image, coarser=mean_levels(image, (4, 16)), tile=16)

@@ -104,7 +104,8 @@ class Growth:
         self._hold(stage, [read_level(self.source, stage.level, stage.step, self.count)], stage.high)
         for stage in self.stages[1:]:
             top = stage.high + 1
-            chosen = self._promising(top, stage)
+            roots = top == len(self.sizes) - 1
+            chosen = np.ones(self._dims[top], bool) if roots else self._promising(top, stage)
             if not chosen.any():
                 break
             cells = np.argwhere(chosen)[:, 3 - len(self.source.shape) :]
@@ -120,26 +121,26 @@ class Growth:
         for k in range(stage.low, top + 1):
             self._saved[k] = np.zeros(self._dims[k])
             self._hints[k] = np.zeros(self._dims[k])
-        chain = self._chain(stage, top)
-        ratio = self._ratios[stage.low][3 - len(chain[0]) :] if self._ratios else (1,) * len(chain[0])
+        chain, num = self._chain(stage, top), len(self.source.shape)
+        samples = self._samples[3 - num :]
+        ratio = self._ratios[min(stage.low, len(self._ratios) - 1)][3 - num :] if self._ratios else (1,) * num
+        halves = stage.low > 0 and all(n % r == 0 for n, r in zip(samples, ratio, strict=True))
         per_level = float(np.prod(stage.step))
-        samples = self._samples[3 - len(self.source.shape) :]
         for stack in stacks:
             image = as_image(stack.pixels)
-            errors = merge_errors(as_volume(image), image.shape[1:], chain, samples)
+            volume, shape = as_volume(image), image.shape[1:]
+            errors = merge_errors(volume, shape, chain, samples)
             for k in range(stage.low + 1, top + 1):
                 stack.scatter(errors[k - stage.low] * per_level, chain[k - stage.low], self._saved[k])
-            if stage.low == 0:
-                continue
-            finer = tuple(side // r for side, r in zip(chain[0], ratio, strict=True))
-            errors = merge_errors(
-                as_volume(image),
-                image.shape[1:],
-                (finer, *chain),
-                [n // r for n, r in zip(samples, ratio, strict=True)],
-            )
-            for k in range(stage.low, top + 1):
-                stack.scatter(errors[k - stage.low + 1] * per_level, chain[k - stage.low], self._hints[k])
+            if halves:  # with half the samples, a merge counts for the cells below those that it makes
+                finer = tuple(side // r for side, r in zip(chain[0], ratio, strict=True))
+                half = [n // r for n, r in zip(samples, ratio, strict=True)]
+                errors = merge_errors(volume, shape, (finer, *chain), half)
+                for k in range(stage.low, top + 1):
+                    stack.scatter(errors[k - stage.low + 1] * per_level, chain[k - stage.low], self._hints[k])
+        if not halves:
+            for k in range(stage.low, min(top + 1, len(self.sizes) - 1)):
+                self._hints[k] = unfold(self._saved[k + 1], self._ratios[k], self._dims[k])
 
     def _values(self, low: int) -> tuple[list[Values], list[Values]]:
         """Of the scales from ``low``: what a split saves per leaf, and what the prior adds to that."""
@@ -254,6 +255,13 @@ class Growth:
             )
             pixels[torch.from_numpy(which)] = patchify(stack.pixels, local, pixels.shape[-1]).pixels
             todo[which] = False
+
+
+def unfold(values: Values, ratio: Sequence[int], dims: Sequence[int]) -> Values:
+    """Share the values of cells among their children, alike."""
+    for axis, r in enumerate(ratio):
+        values = np.repeat(values, r, axis)
+    return values[tuple(slice(0, int(n)) for n in dims)] / math.prod(ratio)
 
 
 def map_sums(values: NDArray[Any], shape: Sequence[int], sizes: Sizes) -> list[Values]:
