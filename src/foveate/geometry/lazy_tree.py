@@ -140,7 +140,7 @@ class Growth:
                     stack.scatter(errors[k - stage.low + 1] * per_level, chain[k - stage.low], self._hints[k])
         if not halves:
             for k in range(stage.low, min(top + 1, len(self.sizes) - 1)):
-                self._hints[k] = unfold(self._saved[k + 1], self._ratios[k], self._dims[k])
+                self._hints[k] = unfold(self._saved[k + 1], self._ratios[k], self._saved[k].shape)
 
     def _values(self, low: int) -> tuple[list[Values], list[Values]]:
         """Of the scales from ``low``: what a split saves per leaf, and what the prior adds to that."""
@@ -261,7 +261,7 @@ def unfold(values: Values, ratio: Sequence[int], dims: Sequence[int]) -> Values:
     """Share the values of cells among their children, alike."""
     for axis, r in enumerate(ratio):
         values = np.repeat(values, r, axis)
-    return values[tuple(slice(0, int(n)) for n in dims)] / math.prod(ratio)
+    return values[tuple(slice(0, n) for n in dims)] / math.prod(ratio)
 
 
 def map_sums(values: NDArray[Any], shape: Sequence[int], sizes: Sizes) -> list[Values]:
