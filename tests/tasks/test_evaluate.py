@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from tiny_run import tiny_config, write_discs
 
+from foveate.cli import main
 from foveate.errors import ConfigError, FormatError
 from foveate.tasks.evaluate import evaluate
 from foveate.tasks.predict import predict
@@ -68,3 +69,17 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
     fit(tiny_config(run.parent / "data", tmp_path / "run", data=data, train={"epochs": 1}))
     with pytest.raises(ConfigError, match="the test split has 0 images"):
         evaluate(tmp_path / "run")
+
+
+def test_images_that_have_no_score_are_an_error_after_the_others(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = run.parent / "data" / f"{evaluate(run).rows[0]['name']}.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+    try:
+        assert main(["evaluate", str(run)]) == 2
+    finally:
+        image.write_bytes(whole)
+    said = capsys.readouterr()
+    assert f"1 of 2 images have no score (first: {image}" in said.err
+    assert "1 test images: dice" in said.out
+    assert f"report: {run / 'evaluation' / 'test.html'}" in said.out

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from foveate.cli.parser import VerbParser, say
+from foveate.errors import FormatError
 
 
 def run(words: list[str]) -> int:
-    """Score a run on one split and print the table."""
+    """Score a run on one split and print the table; images that cannot be scored are an error after it."""
     parser = VerbParser("evaluate", "Score a run in pixel space at full resolution, beside the tree's own ceiling.")
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     parser.add_argument("--split", default="test", help="which split: train, val or test (default: test)")
@@ -24,4 +25,9 @@ def run(words: list[str]) -> int:
     run_report(evaluation, gallery).save(page)
     say(str(evaluation))
     say(f"report: {page}")
+    if lost := evaluation.failed:
+        raise FormatError(
+            f"{len(lost)} of {len(lost) + len(evaluation.rows)} images have no score (first: {lost[0]}); "
+            "mend or leave out these files"
+        )
     return 0
