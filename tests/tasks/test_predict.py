@@ -147,3 +147,14 @@ def test_max_side_is_undone(tmp_path: Path) -> None:
     fit(tiny_config(data, tmp_path / "run", data=settings, train={"epochs": 1}))
     (mask,) = predict(tmp_path / "run", data / "images" / "00.png", tmp_path / "out")
     assert np.asarray(Image.open(mask)).shape == (64, 64)
+
+
+def test_budgets_that_make_no_sense_are_refused(run: Path, tmp_path: Path) -> None:
+    write_discs(tmp_path, 1)
+    with pytest.raises(ConfigError, match=r"max_leaves=0 is below 1: give at least 1 leaf"):
+        predict(run, tmp_path / "images", tmp_path / "out", max_leaves=0)
+    fit(tiny_config(run.parent / "data", tmp_path / "grid", tree={"uniform": 16}, train={"epochs": 1}))
+    with pytest.raises(
+        ConfigError, match=r"max_leaves=9 for a model of uniform leaves \(tree\.uniform=16\); leave it out"
+    ):
+        predict(tmp_path / "grid", tmp_path / "images", tmp_path / "out", max_leaves=9)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_a_killed_process_is_resumed_to_the_same_files(model: Path, slide: Path,
     assert predict(model, slide, tmp_path, resume=True) == []
 
 
-@pytest.mark.parametrize("change", ["settings", "source", "no --resume"])
+@pytest.mark.parametrize("change", ["settings", "budget", "source", "no --resume"])
 def test_what_another_prediction_left_is_not_taken_up(
     change: str, model: Path, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +184,7 @@ def test_what_another_prediction_left_is_not_taken_up(
     runs: list[int] = []
     logits = module.logits_of
     monkeypatch.setattr(module, "logits_of", lambda *args: runs.append(1) or logits(*args))
-    options: dict[str, Any] = {"settings": {"mpp": 0.3}, "source": {}, "no --resume": {}}[change]
+    options: dict[str, Any] = {"settings": {"mpp": 0.3}, "budget": {"max_leaves": 40}}.get(change, {})
     predict(model, copy, tmp_path / "out", format="ome.tif", resume=change != "no --resume", **options)
     assert runs == [1]
 
@@ -237,6 +238,32 @@ def test_broken_tiles_are_reported_and_skipped(broken: str, model: Path, slide: 
     assert "broken tiles were" in lines[0]
     corner = tifffile.imread(written[0])[:256, :256]
     assert ((corner == 255).all()) == (broken == "skip")
+
+
+def test_a_budget_of_leaves_holds_for_this_prediction(
+    model: Path, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, bool]] = []
+    alive: list[weakref.ref[Any]] = []
+    cut, write = module.slide_patches, module.write_outputs
+
+    def watched_cut(*args: Any) -> Any:
+        patches = cut(*args)
+        alive.append(weakref.ref(patches))
+        return patches
+
+    def watched_write(painting: Painting, *args: Any, **options: Any) -> None:
+        seen.append((len(painting.leaves), alive[-1]() is None))
+        write(painting, *args, **options)
+
+    monkeypatch.setattr(module, "slide_patches", watched_cut)
+    monkeypatch.setattr(module, "write_outputs", watched_write)
+    predict(model, slide, tmp_path / "trained", format="tif")
+    predict(model, slide, tmp_path / "given", format="tif", max_leaves=40)
+    (most, freed), (fewer, freed_again) = seen
+    assert 40 < most <= 150
+    assert fewer <= 40
+    assert freed is freed_again is True, "the pixels of the leaves are of no use while they are painted"
 
 
 def test_masks_are_native_where_the_model_works_at_another_resolution(slide: Path, tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ def run(words: list[str]) -> int:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the masks go")
     parser.add_argument("--format", metavar="LIST", help=_FORMATS)
     parser.add_argument("--mpp", metavar="X", type=number, help="size of a pixel in um, instead of what the file says")
+    parser.add_argument(
+        "--max-leaves", metavar="N", type=count, help="leaves per image at most (default: as in training)"
+    )
     parser.add_argument("--overlay", action="store_true", help="also write a picture of the mask and the leaves")
     parser.add_argument("--heatmap", action="store_true", help="also write a picture of the probabilities")
     parser.add_argument("--probability", action="store_true", help="also write the probabilities, as TIFF")
@@ -40,6 +43,7 @@ def run(words: list[str]) -> int:
         format=args.format,
         mpp=args.mpp,
         broken=args.broken,
+        max_leaves=args.max_leaves,
         probability=args.probability,
         overlay=args.overlay,
         heatmap=args.heatmap,

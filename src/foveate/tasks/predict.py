@@ -18,8 +18,9 @@ from foveate.errors import ConfigError, FormatError, FoveateError
 from foveate.geometry.image import Real
 from foveate.geometry.leaves import Leaves
 from foveate.geometry.patches import Patches, patchify
+from foveate.geometry.source import Box
 from foveate.io.raster import Raster
-from foveate.tasks.config import FitConfig, load_config
+from foveate.tasks.config import FitConfig, TreeConfig, load_config
 from foveate.tasks.cut import cut
 from foveate.tasks.export import write_outputs
 from foveate.tasks.inputs import find_inputs
@@ -156,6 +157,7 @@ def predict(
     heatmap: bool = False,
     mpp: Real | None = None,
     broken: str | None = None,
+    max_leaves: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
     max_pixels: int | None = None,
@@ -190,7 +192,8 @@ def predict(
 
     Raises:
         FormatError: At least one image failed; all others are written. Or there is no model.
-        ConfigError: There is no input, two inputs have one name, or a mask exists already.
+        ConfigError: There is no input, two inputs have one name, a mask exists already, or ``max_leaves`` is below 1 or
+            given for a model of uniform leaves.
 
     Cost: of a slide, time for the pixels that the leaves need, for the model, and for the borders that are painted;
         memory for the logits of the leaves and a few rows of tiles.
@@ -204,7 +207,8 @@ def predict(
     network, config = load_model(folder)
     given = {"max_pixels": max_pixels, "broken": broken}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    config = replace(config, data=replace(config.data, masks=None, cache=0, **changes))
+    data = replace(config.data, masks=None, cache=0, **changes)
+    config = replace(config, data=data, tree=_with_budget(config.tree, max_leaves))
     Path(out).mkdir(parents=True, exist_ok=True)
     job = _Job(network, config, digest_of(folder), Path(out), formats, extras, overwrite, resume, warn or _to_stderr)
     written: list[Path] = []
@@ -282,8 +286,7 @@ class _Job:
         """Make every output in the part folder."""
         kept = part.kept()
         if kept is None:
-            patches = self._patches(item, native)
-            kept = logits_of(self.model, patches), patches.leaves[0], list(getattr(native, "broken", ()))
+            kept = self._values(item, native)
             if is_large(native):
                 part.keep(*kept)
         values, leaves, holes = kept
@@ -294,6 +297,11 @@ class _Job:
         painting = Painting(values, leaves, native.shape, native.spacing, holes if skips else ())
         write_outputs(painting, part, goals, native, self.config.data.class_names, pyramids=kind == SLIDE)
 
+    def _values(self, item: Item, native: Raster) -> tuple[Tensor, Leaves, list[Box]]:
+        """What the model says of every leaf, and what could not be decoded; the patches are gone when it is known."""
+        patches = self._patches(item, native)
+        return logits_of(self.model, patches), patches.leaves[0], list(getattr(native, "broken", ()))
+
     def _patches(self, item: Item, native: Raster) -> Patches:
         """Cut one image as training does, whole or lazily."""
         data, size = self.config.data, patch_size_of(self.model)
@@ -303,6 +311,16 @@ class _Job:
         image = with_channels(raster.read(whole_box(raster.shape)), data.channels, str(item.image))
         data = replace(data, spacing=spacing_of(item, data, raster))
         return prepare(normalise(image, value_range(image, data), data), replace(self.config, data=data), size)
+
+
+def _with_budget(tree: TreeConfig, max_leaves: int | None) -> TreeConfig:
+    if max_leaves is None:
+        return tree
+    if tree.uniform is not None:
+        raise ConfigError(
+            f"max_leaves={max_leaves} for a model of uniform leaves (tree.uniform={tree.uniform}); leave it out"
+        )
+    return replace(tree, max_leaves=max_leaves)
 
 
 def _to_stderr(line: str) -> None:
