@@ -62,6 +62,7 @@ def cut(slide: str, leaves: int, patch_size: int = 16, mpp: float | None = None)
     result |= {
         "leaves": len(patches.pixels),
         "share": reading.share,
+        "share_level_0": reading.share_level_0,
         "sizes": {int(size): int(count) for size, count in zip(sizes, counts, strict=True)},
     }
     return result

@@ -29,7 +29,6 @@ from foveate.nn.encoder import Block, Encoder, EncoderConfig, EncoderOutput, Enc
 from foveate.nn.pruner import AS_TRAINED, Pruning, TokenPruner
 from foveate.nn.scorer import TokenScorer
 from foveate.nn.sparse_decoder import SparseDecoder
-from foveate.nn.trail import Scores
 from foveate.nn.unetr import DenseDecoder
 from foveate.nn.weights import load_weights
 
@@ -227,9 +226,7 @@ class SegmentationModel(nn.Module):
         self.decoder = decoder
         self.assembler = assembler
 
-    def forward(
-        self, patches: Patches, pruning: Pruning | None = None, *, scores: list[Scores] | None = None
-    ) -> Float[Tensor, "T K *P"]:
+    def forward(self, patches: Patches, pruning: Pruning | None = None) -> Float[Tensor, "T K *P"]:
         """Logits per class and sample, packed as the patches; an image's logits do not depend on its company.
 
         In evaluation on the CPU that holds to the bit (measured with one and two threads), where nothing is pruned.
@@ -237,7 +234,6 @@ class SegmentationModel(nn.Module):
         Args:
             patches: pixels normalised as in training.
             pruning: how to prune in this call, where the encoder does; None: as configured, without noise.
-            scores: receives what each prune point thought of its tokens, for a loss on them.
         """
         num_patches = len(patches.pixels)
         patches = patches if self.training else enough_rows(patches)
@@ -245,8 +241,6 @@ class SegmentationModel(nn.Module):
         hidden = out.hidden
         if self.assembler is not None:
             hidden = (*hidden[:-1], self.assembler(out.parts, patches))
-        if scores is not None:
-            scores += out.scores
         active = {"active": self._active(out)} if getattr(self.decoder, "wants_active", False) else {}
         logits: Tensor = self.decoder(hidden, patches, **active)
         return logits[:num_patches]
@@ -255,7 +249,7 @@ class SegmentationModel(nn.Module):
         """Tokens that the configured prune point kept; None where nothing is pruned."""
         if not out.parts:
             return None
-        first = range(len(out.scores))[self.config.active_stage] + 1
+        first = range(len(out.parts) - 1)[self.config.active_stage] + 1
         return torch.cat([part.rows for part in out.parts[first:]]).sort().values
 
     @torch.no_grad()

@@ -12,9 +12,8 @@ import laws
 from foveate.errors import BudgetError, ConfigError
 from foveate.models import create_config
 from foveate.nn.attention import Packing
-from foveate.nn.pruner import Pruning, TokenPruner, keep_counts
+from foveate.nn.pruner import Pruning, Scores, TokenPruner, keep_counts
 from foveate.nn.scorer import TokenScorer
-from foveate.nn.trail import Scores
 
 TINY = {"width": 16, "depth": 4, "num_heads": 2, "patch_size": 4, "pos_grid": 4, "decoder_width": 4}
 POINTS = {"prune_after": (0, 2), "keep_ratio": (0.5, 0.25)}
@@ -120,7 +119,8 @@ def test_every_token_leaves_once(num_dims: int) -> None:
     model = tiny("scd_vit_tiny" if num_dims == 2 else "scd_vit_tiny_3d", num_registers=2)
     packs = [pack_of(num_dims, seed, side, leaves) for seed, (side, leaves) in enumerate([(64, 100), (32, 30), (8, 4)])]
     patches = fv.pack(packs)
-    out = model.encoder(patches)
+    scores: list[Scores] = []
+    out = model.encoder(patches, Pruning(scores=scores))
     rows = torch.cat([part.rows for part in out.parts])
     assert torch.equal(rows.sort().values, torch.arange(len(patches.pixels)))
     for image, length in enumerate(patches.lengths):
@@ -131,7 +131,7 @@ def test_every_token_leaves_once(num_dims: int) -> None:
         assert torch.equal(part.rows, part.rows.sort().values)
         assert torch.equal(out.hidden[-1][part.rows], part.x)
     assert out.prefix.shape == (3, 3, 16)
-    reached = [len(score.rows) for score in out.scores]
+    reached = [len(score.rows) for score in scores]
     assert reached == [len(patches.pixels), len(out.parts[1].rows) + len(out.parts[2].rows)]
 
 
@@ -161,13 +161,13 @@ def test_the_same_noise_makes_the_same_choice() -> None:
 
     def apply(seed: int = 0, scale: float = 1.0) -> Tensor:
         scores: list[Scores] = []
-        model(patches, Pruning(noise=torch.Generator().manual_seed(seed), noise_scale=scale), scores=scores)
+        model(patches, Pruning(noise=torch.Generator().manual_seed(seed), noise_scale=scale, scores=scores))
         return scores[0].kept
 
     laws.deterministic(apply)
     assert not torch.equal(apply(0), apply(1))
     scores: list[Scores] = []
-    model.eval()(patches, scores=scores)
+    model.eval()(patches, Pruning(scores=scores))
     assert torch.equal(apply(0, 0.0), scores[0].kept), "annealed to nothing, training chooses as evaluation does"
 
 
@@ -225,9 +225,9 @@ def test_pruned_tokens_pull_the_other_way() -> None:
 def test_a_gate_acts_once() -> None:
     """The released code multiplies a first gate again at the later prune points, counting its gradient three times."""
     model, patches = tiny(completion="none"), pack_of()
-    out = model.encoder(patches)
-    kept = out.parts[-1].x
-    (gradient,) = torch.autograd.grad(kept.sum(), out.scores[0].score, retain_graph=True, allow_unused=True)
+    scores: list[Scores] = []
+    kept = model.encoder(patches, Pruning(scores=scores)).parts[-1].x
+    (gradient,) = torch.autograd.grad(kept.sum(), scores[0].score, retain_graph=True, allow_unused=True)
     assert gradient is not None
     assert bool(torch.isfinite(gradient).all())
 

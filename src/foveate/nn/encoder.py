@@ -16,8 +16,8 @@ from foveate.errors import ConfigError
 from foveate.geometry.patches import Patches, pack
 from foveate.nn.attention import Attention, Packing, Rotate
 from foveate.nn.embed import GeometryEmbed, PatchEmbed, grid_weights, rotary_angles, rotate
-from foveate.nn.pruner import AS_TRAINED, KeepRatio, Pruned, Pruning, TokenPruner, keep_counts
-from foveate.nn.trail import Part, Scores, Trail
+from foveate.nn.pruner import AS_TRAINED, KeepRatio, Pruned, Pruning, Scores, TokenPruner, keep_counts
+from foveate.nn.trail import Part, Trail
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +30,11 @@ class EncoderOutput:
         prefix: class and register tokens of every image behind the final norm, ``[B, num_prefix, D]``.
         parts: where the encoder prunes, the tokens that left at each prune point, then the rest behind the final norm;
             ``hidden`` then holds, for a token that has left, the state that it left with.
-        scores: what each prune point thought of the tokens that reached it.
     """
 
     hidden: tuple[Float[Tensor, "T D"], ...]
     prefix: Float[Tensor, "B R D"]
     parts: tuple[Part, ...] = ()
-    scores: tuple[Scores, ...] = ()
 
 
 @runtime_checkable
@@ -248,7 +246,7 @@ class Encoder(nn.Module):
         trail = Trail(patches.lengths, config.num_prefix, None, x_TD.device)
         x_AD = trail.with_prefix(x_TD, self._prefix(x_TD).expand(patches.num_images, -1, -1))
         packing, turn = trail.packing, _turn(angles, trail)
-        hidden, parts, scores = [], list[Part](), list[Scores]()
+        hidden, parts = [], list[Part]()
         for index, block in enumerate(self.blocks):
             if config.checkpoint and self.training:
                 x_AD = recompute(block, x_AD, packing, turn, use_reentrant=False)
@@ -257,7 +255,7 @@ class Encoder(nn.Module):
             if index in config.blocks[:-1]:
                 hidden.append(_whole(trail.part(trail.take_apart(x_AD)[0]), parts))
             if str(index) in self.pruners:
-                x_AD, trail = self._prune(index, x_AD, trail, patches, pruning, parts, scores)
+                x_AD, trail = self._prune(index, x_AD, trail, patches, pruning, parts)
                 packing, turn = trail.packing, _turn(angles, trail)
         x_KD, prefix = trail.take_apart(self.norm(x_AD))
         last = trail.part(x_KD)
@@ -265,7 +263,7 @@ class Encoder(nn.Module):
         if parts:
             parts.append(last)
         kept = tuple(x_TD[: len(whole.pixels)] for x_TD in hidden)
-        return EncoderOutput(kept, prefix[: whole.num_images], tuple(parts), tuple(scores))
+        return EncoderOutput(kept, prefix[: whole.num_images], tuple(parts))
 
     def _prune(
         self,
@@ -275,15 +273,15 @@ class Encoder(nn.Module):
         patches: Patches,
         pruning: Pruning,
         parts: list[Part],
-        scores: list[Scores],
     ) -> tuple[Tensor, Trail]:
         """Send tokens away behind a block; returns what goes on."""
-        stage, ratio = len(scores), pruning.keep_ratio or self.config.keep_ratio
+        stage, ratio = len(parts), pruning.keep_ratio or self.config.keep_ratio
         keep = [keep_counts(length, ratio, len(self.pruners))[stage] for length in patches.lengths]
         x_KD, prefix = trail.take_apart(x_AD)
         pruned: Pruned = self.pruners[str(index)](x_KD, Packing(trail.lengths, x_KD.device), keep, pruning)
         kept, gone = pruned.apply(x_KD)
-        scores.append(Scores(trail.positions, pruned.score, pruned.split.kept[0]))
+        if pruning.scores is not None:
+            pruning.scores.append(Scores(trail.positions, pruned.score, pruned.split.kept[0]))
         parts.append(trail.left(pruned, gone))
         after = trail.after(pruned)
         return after.with_prefix(kept, prefix), after

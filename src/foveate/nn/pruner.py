@@ -1,6 +1,6 @@
 """Soft top-k token pruning (STP): which tokens go on through the encoder, with a gradient through the choice.
 
-Legend: T tokens of a pack, L tokens of an image, K kept, R pruned, D width.
+Legend: T tokens of a pack, L tokens of an image, K kept or alive, R pruned, D width.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from foveate.errors import BudgetError, ConfigError
@@ -20,6 +20,21 @@ LEAST = 16
 """Tokens of an image below which pruning never goes, unless the image has fewer."""
 
 
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a prune point thought of the tokens that reached it.
+
+    Args:
+        rows: their positions in the pack, ascending.
+        score: their importance, with gradient.
+        kept: positions in ``rows`` of those that went on.
+    """
+
+    rows: Int64[Tensor, " K"]
+    score: Float[Tensor, " K"]
+    kept: Int64[Tensor, " _"]
+
+
 @dataclass(frozen=True)
 class Pruning:
     """How to prune in one call of an encoder.
@@ -29,11 +44,13 @@ class Pruning:
         noise: generator of the Gumbel noise that lets training explore; None: the plain top-k, as in evaluation.
         noise_scale: factor on the noise, >= 0; anneal it to 0, so that training ends with the choice that evaluation
             makes.
+        scores: receives what each prune point thought of its tokens, for a loss on them.
     """
 
     keep_ratio: KeepRatio | None = None
     noise: torch.Generator | None = None
     noise_scale: float = 1.0
+    scores: list[Scores] | None = None
 
 
 AS_TRAINED = Pruning()

@@ -29,21 +29,6 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
-    """What a prune point thought of the tokens that reached it.
-
-    Args:
-        rows: their positions in the pack, ascending.
-        score: their importance, with gradient.
-        kept: positions in ``rows`` of those that went on.
-    """
-
-    rows: Int64[Tensor, " K"]
-    score: Float[Tensor, " K"]
-    kept: Int64[Tensor, " _"]
-
-
-@dataclass(frozen=True, eq=False)
 class Trail:
     """The tokens that are alive at one place of the encoder, images in order, each behind its prefix tokens.
 

@@ -3,17 +3,44 @@
 Legend: T tokens of a pack, K classes (background first), P samples per side, B images.
 """
 
+import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from foveate.nn.trail import Scores
+from foveate.nn.pruner import Pruning, Scores
+from foveate.tasks.settings import TrainConfig
 
 INSIDE = 0.5
 """Worth of a token that lies inside one class other than background: between that of an edge and of background."""
+
+
+def prunes(model: nn.Module) -> bool:
+    """Whether a model sends tokens away."""
+    return bool(getattr(getattr(model, "config", None), "prune_after", ()))
+
+
+def draw_pruning(train: TrainConfig, epoch: int, names: Sequence[str]) -> Pruning:
+    """How to prune a batch in training: the same for the same seed, epoch and images, whatever came before.
+
+    Args:
+        train: range of the keep ratio, scale of the noise, seed and length of the run.
+        epoch: of the batch; noise falls linearly to 0 at the last one, where the run's length is given in epochs.
+        names: images of the batch.
+    """
+    seed = np.random.SeedSequence([train.seed, epoch, zlib.crc32("\n".join(names).encode())])
+    ratio, noise = None, None
+    if train.keep_ratio is not None:
+        low, high = train.keep_ratio
+        ratio = float(low * (high / low) ** np.random.default_rng(seed).random())
+    if train.prune_noise > 0:
+        noise = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
+    fall = 1.0 if train.epochs is None else max(0.0, 1 - epoch / max(train.epochs - 1, 1))
+    return Pruning(keep_ratio=ratio, noise=noise, noise_scale=train.prune_noise * fall, scores=[])
 
 
 def token_worth(soft: Float[Tensor, "T K *P"], weight: Float[Tensor, "T *P"]) -> Float[Tensor, " T"]:

@@ -18,6 +18,7 @@ from foveate.tasks.loop import Loop, LoopResult, on_cpu
 from foveate.tasks.losses import leaf_loss
 from foveate.tasks.metrics import PixelMetrics, mean_known
 from foveate.tasks.predict import SETTINGS
+from foveate.tasks.pruning import draw_pruning, prunes, score_loss, token_worth
 from foveate.tasks.run import CHECKPOINTS, open_run
 from foveate.tasks.scoring import score_item
 from foveate.tasks.slides import check_large_files
@@ -73,20 +74,28 @@ class SegmentationTask:
         factors_K = self.config.train.class_weights or [1.0] * len(by_class_K)
         images = torch.stack([part.sum() > 0 for part in weight_TS.split(list(batch.patches.lengths))])
         pixels = sum(float(value) * factor for value, factor in zip(by_class_K.tolist(), factors_K, strict=True))
-        return {"ce": pixels, "dice_loss": float(images.sum())}
+        found = {"ce": pixels, "dice_loss": float(images.sum())}
+        return found | {"score_loss": float(images.sum())} if prunes(self.model) else found
 
     def loss(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        """Sums of cross entropy and soft Dice over the batch."""
+        """Sums of cross entropy and soft Dice over the batch, and of the scores' own loss where the model prunes."""
         train = self.config.train
+        pruning = draw_pruning(train, self.train.epoch, batch.names) if prunes(self.model) else None
+        logits = model(batch.patches) if pruning is None else model(batch.patches, pruning)
         parts = leaf_loss(
-            model(batch.patches).float(),
+            logits.float(),
             batch.soft,
             batch.weight,
             lengths=batch.patches.lengths,
             class_weights=train.class_weights,
             dice_weight=train.dice_weight,
         )
-        return {"ce": parts.ce_sum, "dice_loss": parts.dice_weight * parts.dice_sum}
+        sums = {"ce": parts.ce_sum, "dice_loss": parts.dice_weight * parts.dice_sum}
+        if pruning is not None:
+            worth_T = token_worth(batch.soft, batch.weight)
+            taught = score_loss(pruning.scores or [], worth_T, batch.patches.lengths)
+            sums["score_loss"] = train.score_weight * taught
+        return sums
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Mean Dice and IoU in pixels at full resolution, and the ceiling that the trees leave."""

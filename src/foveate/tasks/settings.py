@@ -124,6 +124,13 @@ class TrainConfig:
     """Weight of every class, background first, in the cross entropy; ``null``: all 1."""
     dice_weight: float = 1.0
     """Weight of the soft Dice beside the cross entropy; 0 turns it off."""
+    score_weight: float = 0.2
+    """Weight of the loss that teaches token scores what the labels make worth keeping, where the model prunes; 0: they
+    learn through the choice alone, which is hardly at all."""
+    keep_ratio: tuple[float, float] | None = None
+    """Range from which every step draws the model's ``keep_ratio``, so that one model serves any; ``null``: its own."""
+    prune_noise: float = 0.0
+    """Scale of the Gumbel noise on token scores in the first epoch, falling to 0 at the last; published: 1, always."""
     augment: bool | float = True
     """How strongly training images are varied, from 0 (``false``) to 1 (``true``). Up to 0.5: flips and quarter turns
     only, which cost nothing; above: also rotation, zoom, shift, contrast and noise, growing with the number."""
@@ -156,7 +163,7 @@ class TrainConfig:
         for name in ("batch_size", "accumulate", "eval_every"):
             count = getattr(self, name)
             require(count >= 1, f"train.{name}={count} is below 1: give 1 or more")
-        for name in ("weight_decay", "dice_weight", "num_workers", "seed"):
+        for name in ("weight_decay", "dice_weight", "score_weight", "prune_noise", "num_workers", "seed"):
             number = getattr(self, name)
             require(0 <= number < math.inf, f"train.{name}={number} is negative or not finite: give 0 or more")
         require(0 < self.lr < math.inf, f"train.lr={self.lr} is not above 0: give a rate such as 3e-4")
@@ -167,6 +174,11 @@ class TrainConfig:
             f"train.patience={self.patience} is below 1: give a number of validations or null",
         )
         require(0 <= self.strength <= 1, f"train.augment={self.augment} is outside 0 to 1: give true, false or a share")
+        ratios = self.keep_ratio
+        require(
+            ratios is None or 0 < ratios[0] <= ratios[1] <= 1,
+            f"train.keep_ratio={ratios} is no range of shares: give the least and the largest, such as [0.1, 1]",
+        )
         weights = self.class_weights
         require(
             weights is None or all(0 <= weight < math.inf for weight in weights),

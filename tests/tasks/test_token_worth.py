@@ -1,0 +1,136 @@
+"""What tokens are worth, the loss that teaches it to the scores, and the recall that judges them."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import tiny_config, write_discs
+from torch import Tensor
+
+import foveate as fv
+from foveate.errors import ConfigError
+from foveate.nn.pruner import Pruning, Scores
+from foveate.tasks.pruning import draw_pruning, score_loss, selection_recall, token_worth
+from foveate.tasks.segmentation import fit
+from foveate.tasks.settings import TrainConfig
+
+TINY = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 4, "pos_grid": 4, "decoder_width": 4}
+
+
+def scores_of(score: Tensor) -> Scores:
+    return Scores(torch.arange(len(score)), score, torch.arange(1))
+
+
+def test_an_edge_is_worth_most_and_background_nothing() -> None:
+    labels = torch.zeros(8, 8, dtype=torch.uint8)
+    labels[:4, 2:] = 1  # an edge in the first leaf, class 1 alone in the second, background in the third
+    labels[4:, 4:] = 255
+    soft, weight = fv.patchify_mask(labels, fv.uniform_leaves((8, 8), 4), 4, 2)
+    assert token_worth(soft, weight).tolist() == [1.0, 0.5, 0.0, -1.0]
+
+
+def test_few_tokens_of_worth_count_as_much_as_the_rest() -> None:
+    worth = torch.tensor([1.0] + [0.0] * 9 + [-1.0] * 5)
+    score = torch.zeros(15, requires_grad=True)
+    loss = score_loss([scores_of(score)], worth, [15])
+    (gradient,) = torch.autograd.grad(loss, score)
+    assert float(loss.detach()) == pytest.approx(math.log(2), rel=1e-6)
+    assert float(gradient[0]) == pytest.approx(-float(gradient[1:10].sum()), rel=1e-6)
+    assert not gradient[10:].any(), "unlabelled tokens teach nothing"
+
+
+def test_the_loss_is_a_sum_over_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    score, worth = torch.randn(30, generator=generator), (torch.rand(30, generator=generator) > 0.7).float()
+    whole = score_loss([scores_of(score)], worth, [10, 20])
+    parts = [
+        score_loss([scores_of(score[part])], worth[part], [len(score[part])]) for part in (slice(10), slice(10, 30))
+    ]
+    torch.testing.assert_close(whole, parts[0] + parts[1])
+
+
+def test_recall_counts_edges_and_classes() -> None:
+    worth = torch.tensor([1.0, 1.0, 0.5, 0.5, 0.0, -1.0])
+    assert selection_recall(torch.tensor([0, 2, 3]), worth) == {"boundary": 0.5, "foreground": 0.75}
+    assert math.isnan(selection_recall(torch.tensor([0]), torch.zeros(3))["boundary"])
+
+
+def test_pruning_is_drawn_from_seed_epoch_and_images() -> None:
+    train = TrainConfig(keep_ratio=(0.1, 1.0), prune_noise=1.0, epochs=11)
+    first, again = draw_pruning(train, 5, ["a", "b"]), draw_pruning(train, 5, ["a", "b"])
+    assert first.keep_ratio == again.keep_ratio
+    assert isinstance(first.keep_ratio, float)
+    assert 0.1 <= first.keep_ratio <= 1.0
+    assert first.noise_scale == 0.5
+    assert draw_pruning(train, 10, ["a"]).noise_scale == 0.0
+    assert draw_pruning(train, 6, ["a", "b"]).keep_ratio != first.keep_ratio
+    plain = draw_pruning(TrainConfig(), 0, ["a"])
+    assert plain.keep_ratio is None
+    assert plain.noise is None
+
+
+@pytest.mark.parametrize("ratios", [(0.0, 1.0), (0.5, 0.1), (0.5, 1.5)])
+def test_impossible_ranges(ratios: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match=r"train.keep_ratio=.* is no range of shares: give the least"):
+        TrainConfig(keep_ratio=ratios)
+
+
+def disc(seed: int) -> tuple[fv.Patches, Tensor, Tensor]:
+    """A bright disc, which is labelled, and three dark ones, which are not, in noise; uniform leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    image, labels = 0.3 * torch.randn(1, 64, 64, generator=generator), torch.zeros(64, 64, dtype=torch.uint8)
+    for number in range(4):
+        y, x = (torch.rand(2, generator=generator) * 44 + 10).tolist()
+        inside = (rows - y) ** 2 + (columns - x) ** 2 < 49
+        image[0, inside] = 1.0 if number == 3 else -1.0
+        labels[inside] = int(number == 3)
+    leaves = fv.uniform_leaves((64, 64), 4)
+    return fv.patchify(image, leaves, 4), *fv.patchify_mask(labels, leaves, 4, 2)
+
+
+def test_the_scorer_learns_where_the_edges_are() -> None:
+    """Taught by the labels, a quarter of the tokens holds nearly all label edges of images that were not seen."""
+    torch.manual_seed(0)
+    model = fv.create_model(
+        "scd_vit_tiny",
+        in_chans=1,
+        num_classes=2,
+        prune_after=(0,),
+        keep_ratio=0.25,
+        **TINY,  # type: ignore[arg-type]
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(40):
+        images = [disc(4 * step + number) for number in range(4)]
+        patches = fv.pack([image[0] for image in images])
+        worth = token_worth(torch.cat([image[1] for image in images]), torch.cat([image[2] for image in images]))
+        scores: list[Scores] = []
+        model.encoder(patches, Pruning(scores=scores))
+        optimizer.zero_grad()
+        score_loss(scores, worth, patches.lengths).backward()
+        optimizer.step()
+    recalls = []
+    for seed in range(1000, 1008):
+        patches, soft, weight = disc(seed)
+        scores = []
+        model.eval()(patches, Pruning(scores=scores))
+        recalls.append(selection_recall(scores[0].rows[scores[0].kept], token_worth(soft, weight))["boundary"])
+    assert sum(recalls) / len(recalls) > 0.9
+
+
+def test_a_model_that_prunes_is_trained_like_any_other(tmp_path: Path) -> None:
+    overrides = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "prune_after": [0], "keep_ratio": 0.5}
+    changes = {
+        "model": {"name": "scd_vit_tiny", "overrides": overrides},
+        "train": {"keep_ratio": [0.3, 1.0], "prune_noise": 1.0},
+    }
+    runs = []
+    for name in ("a", "b"):
+        run = fit(tiny_config(write_discs(tmp_path / "data"), tmp_path / name, **changes)).folder
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        runs.append([line["score_loss"] for line in lines if "score_loss" in line])
+    assert runs[0]
+    assert runs[0] == runs[1], "the same seed draws the same budgets and the same noise"
