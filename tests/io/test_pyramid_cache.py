@@ -1,5 +1,6 @@
 """Coarse levels are made once, are right, and survive damage and company."""
 
+import math
 import os
 import pickle
 import subprocess
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from foveate.errors import ConfigError, FormatError
 from foveate.io import pyramid_cache
 from foveate.io.pyramid_cache import with_levels
-from foveate.io.raster import ArrayRaster, Raster, open_raster
+from foveate.io.raster import ArrayRaster, Raster, fits_whole, is_held, open_raster
+from foveate.tasks.source import is_large
 
 Array = NDArray[Any]
 SHAPE = (2900, 2310)
@@ -25,7 +27,7 @@ SHAPE = (2900, 2310)
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Lets a small file count as large, and keeps caches out of the user's."""
-    monkeypatch.setattr("foveate.io.choose._READ_AT_ONCE", 2**16)
+    monkeypatch.setattr("foveate.io.raster.READ_WHOLE", 2**16)
     monkeypatch.setattr(pyramid_cache, "_COARSEST", 2**16)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -130,8 +132,8 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     image = image_of(1)
     flat(tmp_path / "a.tif", image)
     code = (
-        "from foveate.io import choose, pyramid_cache\n"
-        "choose._READ_AT_ONCE = pyramid_cache._COARSEST = 2**16\n"
+        "from foveate.io import pyramid_cache, raster\n"
+        "raster.READ_WHOLE = pyramid_cache._COARSEST = 2**16\n"
         "from foveate.io.raster import open_raster\n"
         "raster = pyramid_cache.with_levels(open_raster('a.tif'), 'levels')\n"
         "print(int(raster.read(((0, 0), raster.shape), 1).astype('int64').sum()))\n"
@@ -150,14 +152,30 @@ def test_enough_levels_are_left_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     volume = ArrayRaster(np.zeros((1, 8, 300, 300), np.uint8))
     assert with_levels(volume) is volume
     monkeypatch.setattr(pyramid_cache, "_COARSEST", 2**24)
-    small = ArrayRaster(image)
+    small = OnDisk(image)
     assert with_levels(small) is small
 
 
-class OnDisk(ArrayRaster):
-    """An array that says it comes from a file."""
+@pytest.mark.parametrize("more", [0, 1])
+def test_what_is_read_whole_needs_no_levels_and_what_is_not_gets_them(
+    more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foveate.io.raster.READ_WHOLE", math.prod(SHAPE) - more)
+    raster = flat(tmp_path / "a.tif", image_of(1))
+    whole = not more
+    assert fits_whole(SHAPE) is whole
+    assert is_held(raster) is whole
+    assert is_large(raster) is not whole
+    assert (with_levels(raster) is raster) is whole
 
-    path: Path
+
+class OnDisk(ArrayRaster):
+    """An array that says it comes from a file of tiles."""
+
+    path: Path | None = None
+
+    def tile_shape(self, level: int = 0) -> tuple[int, ...]:
+        return 256, 256
 
 
 def test_gap_between_levels_is_filled(tmp_path: Path) -> None:
@@ -174,7 +192,7 @@ def test_gap_between_levels_is_filled(tmp_path: Path) -> None:
 
 def test_raster_without_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a raster of \(2900, 2310\) has too few levels and no file to keep them"):
-        with_levels(ArrayRaster(image_of(1)))
+        with_levels(OnDisk(image_of(1)))
 
 
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

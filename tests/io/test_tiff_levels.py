@@ -11,7 +11,6 @@ import tifffile
 from make_slides import Array, first, halved, picture, write_ome, write_plain, write_svs
 
 from foveate.errors import ConfigError, FormatError
-from foveate.io import choose
 from foveate.io.raster import Raster, describe, open_raster
 from foveate.io.tiff import check_chain
 from foveate.io.tile_cache import TileCache
@@ -92,7 +91,7 @@ def test_storage_makes_no_difference(tmp_path: Path, options: dict[str, object])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize("options", [{"rowsperstrip": 7}, {"rowsperstrip": 7, "compression": "zlib"}, {}])
 def test_large_flat_files_are_read_by_strip(tmp_path: Path, monkeypatch, dtype: str, options) -> None:
-    monkeypatch.setattr(choose, "_READ_AT_ONCE", 1000)
+    monkeypatch.setattr("foveate.io.raster.READ_WHOLE", 1000)
     monkeypatch.setattr("foveate.io.tiff_layout._BAND", 4096)
     image = picture(90, 133, dtype=dtype)
     tifffile.imwrite(tmp_path / "a.tif", image, **options)

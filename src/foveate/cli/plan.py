@@ -98,8 +98,7 @@ def _open(args: argparse.Namespace, run: Any) -> tuple[Any, tuple[int, ...]]:
 
 def _is_slide(source: Any, shape: tuple[int, ...]) -> bool:
     """Whether the image would be read by box."""
-    import math
+    from foveate.io.raster import fits_whole
+    from foveate.tasks.source import is_large
 
-    from foveate.tasks.source import LARGE, is_large
-
-    return len(shape) == 2 and (math.prod(shape) > LARGE if source is None else is_large(source))
+    return len(shape) == 2 and (not fits_whole(shape) if source is None else is_large(source))

@@ -1,18 +1,16 @@
 """Which reader a path gets, by what it holds; never by its name, and never by what happens to open it."""
 
-from math import prod
 from pathlib import Path
 
 from foveate.errors import ConfigError, FormatError
 from foveate.io.guard import Want, bad_file, sniff
 from foveate.io.image import read_image
-from foveate.io.raster import About, ArrayRaster, Raster
+from foveate.io.raster import About, ArrayRaster, Raster, fits_whole
 from foveate.io.spacing import Real, choose
 from foveate.io.tiff import check_pages
 from foveate.io.tile_cache import TileCache
 from foveate.io.tiled import check_broken
 
-_READ_AT_ONCE = 2**26  # pixels of a TIFF without levels that is read as an ordinary image
 _ZARR = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 _ZIP = b"PK\x03\x04"  # of zarr
 _NIFTI = (348, 540)  # what a NIfTI header says of its own size, in either byte order
@@ -77,7 +75,7 @@ def _open_tiff(
         reason = "it is an Aperio slide, one plain pyramid of tiles"
     elif len(layout.levels) > 1:
         reason = f"it is a TIFF of {len(layout.levels)} levels"
-    elif prod(side) > _READ_AT_ONCE:
+    elif not fits_whole(side):
         reason = f"it is a TIFF of {side[0]} x {side[1]} pixels"
     else:
         pixels = read_image(path, max_pixels=max_pixels, want=want)

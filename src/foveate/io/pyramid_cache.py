@@ -20,7 +20,7 @@ from foveate.geometry.source import Box
 from foveate.io.guard import bad_file
 from foveate.io.pyramid import write_pyramid
 from foveate.io.pyramid_tiles import shrink
-from foveate.io.raster import About, Raster, check_window, fill_window, open_raster, stored_window
+from foveate.io.raster import About, Raster, check_window, fill_window, is_held, open_raster, stored_window
 from foveate.io.spacing import mpp_of
 from foveate.io.tile_cache import stamp_of
 
@@ -193,7 +193,7 @@ def with_levels(raster: Raster, cache: str | Path | None = None) -> Raster:
     into a tile of 512; sides are rounded up. The cache belongs to the file's path, size and time of change.
 
     Args:
-        raster: an image or a volume; what is no plane, or lacks no level, is returned as it is.
+        raster: an image or a volume; what is no plane, is held, or lacks no level, is returned as it is.
         cache: the folder; by default ``foveate`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``.
 
     Returns:
@@ -206,7 +206,7 @@ def with_levels(raster: Raster, cache: str | Path | None = None) -> Raster:
     Cost: one pass over the level before the gap where nothing is kept yet, in the memory of 512 rows of a quarter of
         its width; the cache takes up to 1/12 of its pixels.
     """
-    if len(raster.shape) != 2:
+    if len(raster.shape) != 2 or is_held(raster):
         return raster
     num_own = next((n for n, (fine, coarse) in enumerate(pairwise(raster.levels), 1) if _far(fine, coarse)), None)
     if num_own is None and prod(raster.levels[-1]) <= _COARSEST:

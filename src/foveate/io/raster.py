@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +18,9 @@ from foveate.io.spacing import mpp_of
 from foveate.io.tile_cache import TileCache
 
 Array = NDArray[Any]
+
+READ_WHOLE = 2**26
+"""Pixels above which an image without levels is read by box."""
 
 
 @runtime_checkable
@@ -197,6 +201,16 @@ def open_raster(
     return open_by_content(
         Path(path), mpp=mpp, spacing=spacing, max_pixels=max_pixels, broken=broken, cache=cache, want=want
     )
+
+
+def fits_whole(shape: Sequence[int]) -> bool:
+    """Whether an image without levels is small enough to be read whole."""
+    return prod(shape) <= READ_WHOLE
+
+
+def is_held(raster: Raster) -> bool:
+    """Whether a box costs as much as the whole image: it is in memory, or stored in one piece."""
+    return tuple(raster.tile_shape(0)) == tuple(raster.shape)
 
 
 def describe(raster: Raster) -> list[str]:

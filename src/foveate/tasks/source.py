@@ -16,15 +16,12 @@ from numpy.typing import NDArray
 from foveate.errors import ConfigError, FormatError
 from foveate.geometry.patches import Patches
 from foveate.geometry.source import Box, Source
-from foveate.io.raster import ArrayRaster, Raster, open_raster
+from foveate.io.raster import ArrayRaster, Raster, fits_whole, is_held, open_raster
 from foveate.io.volume import Volume, is_volume, open_volume
 from foveate.tasks.items import Item
 from foveate.tasks.resize import limited_shape, shrink_image, shrink_labels
 from foveate.tasks.settings import DataConfig, FitConfig, TreeConfig
 from foveate.tasks.values import normalise, value_range, with_channels
-
-LARGE = 2**26
-"""Pixels above which an image is not read whole, unless its reader holds it anyway."""
 
 GLANCE = 2**20
 """Pixels from which the value scale, the tissue and the classes of a large image are found."""
@@ -36,8 +33,7 @@ NumpyArray = NDArray[Any]
 
 def is_large(raster: Raster) -> bool:
     """Whether an image is read by box: it has coarser levels, or is too large to hold and not held already."""
-    held = tuple(raster.tile_shape(0)) == tuple(raster.shape)
-    return len(raster.levels) > 1 or (math.prod(raster.shape) > LARGE and not held)
+    return len(raster.levels) > 1 or not (fits_whole(raster.shape) or is_held(raster))
 
 
 def open_native(item: Item, data: DataConfig) -> Raster:
