@@ -24,7 +24,7 @@ from foveate.geometry.rings import Polygons
 from foveate.io.annotations import Annotations
 from foveate.io.guard import DECODER_ERRORS, bad_file, one_line, undecodable
 from foveate.io.masks import IGNORE
-from foveate.io.write import _palette, atomic_write
+from foveate.io.write import atomic_write, label_palette
 
 Array = NDArray[Any]
 
@@ -159,7 +159,7 @@ def _class(label: int, names: Sequence[str], colours: Sequence[Sequence[int]] | 
         raise ShapeError(f"polygons of label {label}, but only {len(names)} names; name every label, background first")
     name = names[label] if label < len(names) else _IGNORE_NAME
     if colours is None or (label == IGNORE and label >= len(colours)):
-        return {"name": name, "color": list(_palette()[3 * label : 3 * label + 3])}
+        return {"name": name, "color": list(label_palette()[3 * label : 3 * label + 3])}
     if label >= len(colours):
         raise ShapeError(f"polygons of label {label}, but only {len(colours)} colours; give one for every label")
     return {"name": name, "color": [int(value) for value in colours[label]]}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from foveate.errors import ShapeError
 from foveate.geometry.source import Box
 from foveate.io.guard import bad_file
-from foveate.io.write import _unwritable
+from foveate.io.write import unwritable
 
 Array = NDArray[Any]
 Blocks = Callable[[Box], Any]
@@ -194,7 +194,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
 
 
 @contextmanager

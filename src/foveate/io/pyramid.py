@@ -17,7 +17,7 @@ from foveate.geometry.image import Real
 from foveate.geometry.source import Box
 from foveate.io.pyramid_spool import Pending, Spool
 from foveate.io.pyramid_tiles import Layout, Reduce, Tile, compose, encode, join, shrink
-from foveate.io.write import _refuse_existing, atomic_write
+from foveate.io.write import atomic_write, refuse_existing
 
 Array = NDArray[Any]
 Tiles = Callable[[Box], Shaped[Array, "C h w"] | int]
@@ -89,7 +89,7 @@ def write_pyramid(
     path = Path(path)
     colours = rgb if rgb is not None else channels == 3 and reduce == "mean" and np.dtype(dtype).kind == "u"
     layout = _layout(shape, np.dtype(dtype), channels, tile, ratio, levels, reduce, colours, compression, quality)
-    _refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite)
     with ExitStack() as stack:
         store = Spool(path, Path(spool) if spool else None, layout, key)
         stack.callback(store.close)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from foveate.errors import FormatError
 from foveate.io.guard import DECODER_ERRORS, bad_file
 from foveate.io.pyramid_tiles import Layout
-from foveate.io.write import _unwritable, atomic_write
+from foveate.io.write import atomic_write, unwritable
 
 Pending = dict[int, NDArray[Any]]  # by level, the rows [C, h, W] that wait for the rest of a row of the next level
 
@@ -112,7 +112,7 @@ class Spool:
         try:
             yield
         except OSError as error:
-            raise _unwritable(self._place, error) from None
+            raise unwritable(self._place, error) from None
 
     def _resume(self, folder: Path) -> None:
         if (folder / _STATE).exists():

@@ -55,12 +55,12 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[IO[byt
         FormatError: the path exists and may not be overwritten, the disk is full, the folder is missing or read-only.
     """
     path = Path(path)
-    _refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite)
     aside = path.with_name(f".foveate-{secrets.token_hex(6)}{path.suffix[:16]}")
     try:
         file = aside.open("x+b")
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
     placing = False
     try:
         with file:
@@ -68,13 +68,13 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[IO[byt
             placing = True
             file.flush()
             os.fsync(file.fileno())
-        _refuse_existing(path, overwrite)
+        refuse_existing(path, overwrite)
         aside.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         if not placing and error.errno not in _WHILE_WRITING:
             raise
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -105,7 +105,7 @@ def write_mask(path: str | Path, labels: Any, *, overwrite: bool = False) -> Non
     suffix = _suffix(path, (".png", ".tif", ".tiff"), "labels must be stored exactly")
     if suffix == ".png" and array.ndim == 3:
         raise bad_file(path, f"a PNG cannot hold a volume {array.shape}; name the file .tif")
-    _refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite)
     data = _png(array[None], palette=True) if suffix == ".png" else _tiff(array, "ZYX"[-array.ndim :])
     _save(path, data, overwrite)
 
@@ -130,7 +130,7 @@ def write_probability(path: str | Path, probability: Any, *, overwrite: bool = F
     if not (low >= -1e-6 and high <= 1 + 1e-6):
         raise ShapeError(f"probability from {low:g} to {high:g}; apply softmax or sigmoid first")
     _suffix(path, (".tif", ".tiff"), "floats need TIFF")
-    _refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite)
     array = array.astype(np.float16 if half else np.float32, copy=False)
     _save(path, _tiff(array, {2: "YX", 3: "CYX", 4: "CZYX"}[array.ndim]), overwrite)
 
@@ -157,7 +157,7 @@ def write_image(path: str | Path, image: Any, *, overwrite: bool = False) -> Non
     deep = (np.uint8, np.uint16) if suffix == ".png" else (np.uint8,)
     if suffix not in (".tif", ".tiff") and (array.ndim != 3 or len(array) not in (1, 3) or array.dtype not in deep):
         raise bad_file(path, f"a {suffix[1:]} cannot hold {array.dtype} {array.shape}; name the file .tif")
-    _refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite)
     if suffix == ".png":
         data = _png(array)
     elif suffix in (".jpg", ".jpeg"):
@@ -199,7 +199,7 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -222,26 +222,37 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def _save(path: Path, data: bytes | memoryview, overwrite: bool) -> None:
-    try:
-        with atomic_write(path, overwrite=overwrite) as file:
-            file.write(data)
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path: Path, error: OSError) -> FormatError:
+def unwritable(path: Path, error: OSError) -> FormatError:
+    """Returns the error that says why a file cannot be written, and what to do about it."""
     remedy = _REMEDY.get(error.errno or 0, "check the path and the disk")
     return bad_file(path, f"cannot be written ({error.strerror or error}); {remedy}")
 
 
-def _refuse_existing(path: Path, overwrite: bool) -> None:
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Refuses a path that no file may be written to.
+
+    Raises:
+        FormatError: it is a folder or no name at all, or it exists and ``overwrite`` is False.
+    """
     if "\0" in str(path):
         raise bad_file(path, "cannot be written (null character in the name); choose another name")
     if path.is_dir():
         raise bad_file(path, "is a folder; give the name of a file")
     if not overwrite and path.exists():
         raise bad_file(path, "exists already; choose another name, or allow it with --overwrite (overwrite=True)")
+
+
+def label_palette() -> bytes:
+    """256 colours for labels; the last is white, which means ignore."""
+    return (_PALETTE[:3] + _PALETTE[3:] * 14)[: 255 * 3] + b"\xff\xff\xff"
+
+
+def _save(path: Path, data: bytes | memoryview, overwrite: bool) -> None:
+    try:
+        with atomic_write(path, overwrite=overwrite) as file:
+            file.write(data)
+    except OSError as error:
+        raise unwritable(path, error) from None
 
 
 def _suffix(path: Path, allowed: tuple[str, ...], reason: str) -> str:
@@ -271,7 +282,7 @@ def _png(image: Array, *, palette: bool = False) -> memoryview:
 
     picture = Image.fromarray(np.ascontiguousarray(_last(image)))
     if palette:
-        picture.putpalette(_palette())
+        picture.putpalette(label_palette())
     buffer = BytesIO()
     picture.save(buffer, format="PNG", compress_level=4)
     return buffer.getbuffer()
@@ -307,11 +318,6 @@ def _tiff(array: Array, axes: str) -> memoryview:
 
 def _last(image: Array) -> Array:
     return image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
-
-
-def _palette() -> bytes:
-    """256 colours for labels; the last is white, which means ignore."""
-    return (_PALETTE[:3] + _PALETTE[3:] * 14)[: 255 * 3] + b"\xff\xff\xff"
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -19,7 +19,7 @@ from foveate.errors import BudgetError
 from foveate.geometry.image import Real
 from foveate.geometry.source import Box
 from foveate.io.pyramid import write_pyramid
-from foveate.io.write import _refuse_existing
+from foveate.io.write import refuse_existing
 from foveate.testing.texture import make_textures
 
 GLASS, TISSUE, TUMOUR = 0, 1, 2
@@ -204,7 +204,7 @@ def write_slide(
     path = Path(path)
     for goal in (path, mask):
         if goal is not None:
-            _refuse_existing(Path(goal), overwrite)
+            refuse_existing(Path(goal), overwrite)
     slide = SyntheticSlide(side, seed, float(tissue))
     spacing = (mpp / 1000, mpp / 1000)
     ome = path.name.lower().endswith((".ome.tif", ".ome.tiff"))
