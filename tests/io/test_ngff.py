@@ -15,7 +15,7 @@ from make_files import texture
 
 from foveate.errors import FormatError, ShapeError
 from foveate.io.ngff import is_zarr, open_zarr, write_labels_zarr
-from foveate.io.raster import Raster
+from foveate.io.raster import Raster, describe
 
 
 def save(
@@ -87,9 +87,10 @@ def test_levels_axes_and_sizes_of_an_image(tmp_path: Path, version: str, zipped:
     assert np.array_equal(raster.read(((3, 5), (20, 40))), full[0, :, 0, 3:20, 5:40])
     assert np.array_equal(raster.read(((4, 4), (20, 40)), 1), full[0, :, 0, 4:20:2, 4:40:2])
     assert raster.read(((30, 40), (37, 53)), 2).shape == (3, 3, 4)  # stored one short, its last pixels repeated
-    lines = open_zarr(path).describe()
+    lines = describe(open_zarr(path))
     assert lines[0] == f"reader: OME-NGFF {version}, {'zip' if zipped else 'folder'}"
-    assert "level 1: 19 x 27, chunks 16 x 16" in lines
+    assert "level 1: 19 x 27 pixels, downsample 2, tiles of 16 x 16" in lines
+    assert "mpp: 0.5 um per pixel (OME)" in lines
 
 
 def test_volume_with_anisotropic_levels(tmp_path: Path) -> None:
@@ -103,13 +104,13 @@ def test_volume_with_anisotropic_levels(tmp_path: Path) -> None:
 def test_size_is_known_only_with_its_unit(tmp_path: Path) -> None:
     path = save(tmp_path / "a", [texture(20, 24)], "yx", unit=None)
     assert open_zarr(path).spacing is None
-    assert "note: unit not stated: the size of a pixel is unknown; give spacing= in mm" in open_zarr(path).describe()
+    assert "note: unit not stated: the size of a pixel is unknown; give spacing= in mm" in describe(open_zarr(path))
     assert open_zarr(path, spacing=(1.0, 2.0)).spacing == (1.0, 2.0)
     with pytest.raises(ShapeError, match=r"spacing \(1.0,\) for 2 axes"):
         open_zarr(path, spacing=(1.0,))
     absurd = open_zarr(save(tmp_path / "b", [texture(20, 24)], "yx", scale=-3.0))
     assert absurd.spacing is None
-    assert "impossible" in absurd.describe()[-1]
+    assert "impossible" in describe(absurd)[-1]
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -152,7 +153,7 @@ def test_first_image_of_a_converted_slide(tmp_path: Path) -> None:
     save(tmp_path / "a" / "0", [full], "yx", version="0.4")
     raster = open_zarr(tmp_path / "a")
     assert np.array_equal(whole(raster)[0], full)
-    assert "note: first of the images in it, 0" in raster.describe()
+    assert "note: first of the images in it, 0" in describe(raster)
 
 
 def test_missing_chunk_is_the_fill_value(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from make_files import texture
 from numpy.typing import NDArray
 
 from foveate.errors import ConfigError, FormatError
 from foveate.io import pyramid_cache
 from foveate.io.pyramid_cache import with_levels
-from foveate.io.raster import ArrayRaster, Raster, fits_whole, is_held, open_raster
+from foveate.io.raster import ArrayRaster, Raster, describe, fits_whole, is_held, open_raster
 from foveate.tasks.source import is_large
 
 Array = NDArray[Any]
@@ -86,6 +87,20 @@ def test_levels_are_area_means(tmp_path: Path, channels: int, dtype: str, option
         np.testing.assert_allclose(found[:, : side[0], : side[1]], expected, rtol=1e-6)
     box = ((1001, 333), (1777, 2001))
     np.testing.assert_allclose(raster.read(box, 1), expected_levels(image)[0][:, 250:445, 83:501], rtol=1e-6)
+
+
+def test_a_flat_zarr_gets_levels_too(tmp_path: Path) -> None:
+    image = image_of(3)
+    zarr.create_array(tmp_path / "a.zarr", data=image, chunks=(3, 512, 512), dimension_names=["c", "y", "x"])
+    raster = with_levels(open_raster(tmp_path / "a.zarr"))
+    assert is_large(raster)
+    for level, wanted in enumerate(expected_levels(image), 1):
+        np.testing.assert_array_equal(whole(raster, level), wanted)
+    (kept,) = (tmp_path / "cache" / "foveate").iterdir()
+    assert any(str(kept) in line for line in describe(raster))
+    made = kept.stat().st_mtime_ns
+    with_levels(open_raster(tmp_path / "a.zarr"))
+    assert kept.stat().st_mtime_ns == made
 
 
 def test_cache_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

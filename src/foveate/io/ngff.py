@@ -21,7 +21,7 @@ from foveate.geometry.source import Box, exact_downsample
 from foveate.io.guard import DECODER_ERRORS, DEFAULT_MAX_PIXELS, bad_file, check_values, one_line, undecodable
 from foveate.io.image import MOST_CHANNELS
 from foveate.io.ngff_write import write_labels_zarr as write_labels_zarr
-from foveate.io.raster import check_window, fill_window, stored_window
+from foveate.io.raster import About, check_window, fill_window, stored_window
 from foveate.io.spacing import mpp_of
 
 Array = NDArray[Any]
@@ -66,7 +66,7 @@ class ZarrRaster:
     """
 
     def __init__(self, path: Path, spacing: tuple[float, ...] | None = None) -> None:
-        self._path, self._given = path, spacing
+        self.path, self._given = path, spacing
         self._opened: tuple[int, list[Any]] | None = None
         with _typed(path):
             root = _open(path)
@@ -83,20 +83,20 @@ class ZarrRaster:
         for array in arrays:
             if array.ndim != len(axes) or min(array.shape) < 1 or array.dtype.kind not in "biuf":
                 raise bad_file(
-                    self._path, f"holds {array.dtype} {array.shape}, axes {axes}; store numbers, no axis empty"
+                    self.path, f"holds {array.dtype} {array.shape}, axes {axes}; store numbers, no axis empty"
                 )
             if prod(array.chunks) > _MOST_CHUNK:
                 raise bad_file(
-                    self._path, f"has chunks of {array.chunks}, above {_MOST_CHUNK} samples; store it in smaller chunks"
+                    self.path, f"has chunks of {array.chunks}, above {_MOST_CHUNK} samples; store it in smaller chunks"
                 )
         sides = dict(zip(axes, first.shape, strict=True))
         if sides.get("T", 1) != 1:
-            raise bad_file(self._path, f"has {sides['T']} time points; save the one that you mean")
+            raise bad_file(self.path, f"has {sides['T']} time points; save the one that you mean")
         self._spatial = "".join(
             letter for letter in "ZYX" if sides.get(letter, 1) > 1 or letter in axes.replace("Z", "")
         )
         if "YX" not in self._spatial:
-            raise bad_file(self._path, f"has axes {axes}; an image needs y and x")
+            raise bad_file(self.path, f"has axes {axes}; an image needs y and x")
         self._channels = int(sides.get("C", 1))
         self._dtype: np.dtype[Any] = np.dtype(np.uint8 if first.dtype.kind == "b" else first.dtype.newbyteorder("="))
         place = [axes.index(letter) for letter in self._spatial]
@@ -107,12 +107,12 @@ class ZarrRaster:
             same = coarse.dtype == fine.dtype and all(coarse.shape[at] == fine.shape[at] for at in rest)
             falls = all(c <= f for c, f in zip(coarse.shape, fine.shape, strict=True)) and coarse.shape != fine.shape
             if not (same and falls):
-                raise bad_file(self._path, f"has a level {coarse.shape} below {fine.shape}; write its levels again")
+                raise bad_file(self.path, f"has a level {coarse.shape} below {fine.shape}; write its levels again")
 
     def _arrays(self, root: Any = None) -> list[Any]:
         """The arrays of all levels, opened once in each process."""
         if self._opened is None or self._opened[0] != os.getpid():
-            root = root if root is not None else _open(self._path)
+            root = root if root is not None else _open(self.path)
             self._opened = os.getpid(), [root[key] if key else root for key in self._layout.keys]
         return self._opened[1]
 
@@ -157,6 +157,12 @@ class ZarrRaster:
         """Um per level-0 pixel of a plane, or None."""
         return mpp_of(self._spacing)
 
+    @property
+    def about(self) -> About:
+        """Which version and store, and who says how large a pixel is."""
+        origin = "given as an argument" if self._given else "OME" if self._spacing else "nobody said it"
+        return About(self._layout.reader, "", origin, self._layout.notes)
+
     def tile_shape(self, level: int = 0) -> tuple[int, ...]:
         """Spatial shape of the chunks of a level."""
         return self._tiles[level]
@@ -173,30 +179,13 @@ class ZarrRaster:
         parts = dict(zip(self._spatial, map(slice, start, stop), strict=True))
         axes = self._layout.axes
         index = tuple(parts.get(letter, slice(None) if letter == "C" else 0) for letter in axes)
-        with _typed(self._path):
+        with _typed(self.path):
             part = np.asarray(self._arrays()[level][index])
         kept = [letter for letter in axes if letter == "C" or letter in parts]
         part = part.transpose([kept.index(letter) for letter in "CZYX" if letter in kept])
         part = part if "C" in kept else part[None]
-        check_values(self._path, part)
+        check_values(self.path, part)
         return fill_window(np.ascontiguousarray(part, self._dtype), window)
-
-    def describe(self) -> list[str]:
-        """Says in lines what was read, how, and what had to be decided."""
-        size = "unknown" if self.spacing is None else " x ".join(f"{side:g}" for side in self.spacing) + " mm"
-        axes = ", ".join(self._spatial.lower())
-        return [
-            f"reader: {self._layout.reader}",
-            f"shape: {' x '.join(map(str, self.shape))} ({axes}), {self.channels} channel"
-            + "s" * (self.channels != 1)
-            + f", {self.dtype}",
-            *(
-                f"level {number}: {' x '.join(map(str, level))}, chunks {' x '.join(map(str, self._tiles[number]))}"
-                for number, level in enumerate(self.levels)
-            ),
-            f"spacing: {size} ({axes})" + ", given by the caller" * (self._given is not None),
-            *(f"note: {one_line(note)}" for note in self._layout.notes),
-        ]
 
 
 def is_zarr(path: str | Path) -> bool:

@@ -20,7 +20,17 @@ from foveate.geometry.source import Box
 from foveate.io.guard import bad_file
 from foveate.io.pyramid import write_pyramid
 from foveate.io.pyramid_tiles import shrink
-from foveate.io.raster import About, Raster, check_window, fill_window, is_held, open_raster, stored_window
+from foveate.io.raster import (
+    About,
+    Raster,
+    about_of,
+    broken_of,
+    check_window,
+    fill_window,
+    is_held,
+    open_raster,
+    stored_window,
+)
 from foveate.io.spacing import mpp_of
 from foveate.io.tile_cache import stamp_of
 
@@ -94,14 +104,14 @@ class LeveledRaster:
     @property
     def about(self) -> About:
         """What the slide says of itself, and that levels were made."""
-        about: About = getattr(self._raster, "about", About(type(self._raster).__name__, "", "the file"))
+        about = about_of(self._raster)
         note = f"{len(self._sides)} coarse levels were made and are kept in {self._file}"
         return About(about.reader, about.reason, about.origin, (*about.notes, note))
 
     @property
     def broken(self) -> list[Box]:
         """Boxes in level-0 pixels of the tiles of the slide that could not be decoded so far, in this process."""
-        return getattr(self._raster, "broken", [])
+        return broken_of(self._raster)
 
     def tile_shape(self, level: int = 0) -> tuple[int, ...]:
         """Storage tile of a level in its own pixels."""

@@ -213,9 +213,20 @@ def is_held(raster: Raster) -> bool:
     return tuple(raster.tile_shape(0)) == tuple(raster.shape)
 
 
+def about_of(raster: Source) -> About:
+    """What a raster says of itself, or its type where it says nothing."""
+    about: About | None = getattr(raster, "about", None)
+    return about or About(type(raster).__name__, "", "the file" if getattr(raster, "spacing", None) else "nobody")
+
+
+def broken_of(raster: Source | None) -> list[Box]:
+    """Boxes in level-0 pixels of the tiles that could not be decoded so far; none of what knows no such tiles."""
+    return list(getattr(raster, "broken", ()))
+
+
 def describe(raster: Raster) -> list[str]:
     """Lines that say what a raster is: reader and why, levels, channels and type, size of a pixel and who says so."""
-    about = getattr(raster, "about", About(type(raster).__name__, "", "the file" if raster.spacing else "nobody"))
+    about = about_of(raster)
     lines = [f"reader: {about.reader}" + (f", because {about.reason}" if about.reason else "")]
     lines.append(f"samples: {raster.channels} channel{'s' * (raster.channels != 1)} of {raster.dtype}")
     for number, (shape, steps) in enumerate(zip(raster.levels, raster.downsamples, strict=True)):

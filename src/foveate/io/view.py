@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from foveate.errors import ConfigError, ShapeError
 from foveate.geometry.source import Box, level_window
-from foveate.io.raster import About, Raster, check_window
+from foveate.io.raster import About, Raster, about_of, broken_of, check_window
 from foveate.io.spacing import Real, check_mpp, mpp_of
 
 Array = NDArray[Any]
@@ -90,16 +90,14 @@ class View:
     @property
     def about(self) -> About:
         """Which reader lies below, and where the pixel size is from."""
-        below: About | None = getattr(self._raster, "about", None)
-        below = below or About(type(self._raster).__name__, "", "the file")
+        below = about_of(self._raster)
         shown = f"a view of {' x '.join(map(str, self._raster.shape))} pixels"
         return About(below.reader, below.reason, below.origin, (*below.notes, shown))
 
     @property
     def broken(self) -> list[Box]:
         """Boxes of broken tiles so far, in level-0 pixels of the view."""
-        boxes: list[Box] = getattr(self._raster, "broken", [])
-        return [level_window(box, self._ratio()) for box in boxes]
+        return [level_window(box, self._ratio()) for box in broken_of(self._raster)]
 
     def tile_shape(self, level: int = 0) -> tuple[int, ...]:
         """What one storage tile covers, or as many as make 64 pixels, in pixels of the level."""

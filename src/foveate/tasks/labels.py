@@ -17,7 +17,7 @@ from foveate.geometry.source import Box, Source, exact_downsample, level_window
 from foveate.io.grid import orientation
 from foveate.io.guard import sniff
 from foveate.io.masks import ClassTable, label_pixels, read_mask
-from foveate.io.raster import ArrayRaster, Raster, check_window, open_raster
+from foveate.io.raster import ArrayRaster, Raster, broken_of, check_window, open_raster
 from foveate.io.volume import Volume, is_volume, open_volume
 from foveate.tasks.items import Item
 from foveate.tasks.settings import DataConfig
@@ -122,8 +122,7 @@ class Labels:
         return self._hidden(labels, window, level)[None]
 
     def _hidden(self, labels: NumpyArray, window: Box, level: int) -> NumpyArray:
-        broken = getattr(self._image, "broken", ())
-        for start, stop in [level_window(box, self._downsamples[level]) for box in broken]:
+        for start, stop in [level_window(box, self._downsamples[level]) for box in broken_of(self._image)]:
             low = [max(a, o) - o for a, o in zip(start, window[0], strict=True)]
             high = [min(b, e) - o for b, e, o in zip(stop, window[1], window[0], strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
