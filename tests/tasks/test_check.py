@@ -1,14 +1,16 @@
 """The look at a data set finds what is planted in it, and the plan says where a tree gains and where it cannot."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
 from foveate.tasks.check import check_data, plan_data
-from foveate.tasks.config import DataConfig, FitConfig, SplitConfig, TreeConfig
+from foveate.tasks.config import DataConfig, FitConfig, SplitConfig, TreeConfig, config_from_dict
 
 
 def save(root: Path, name: str, image: np.ndarray, mask: np.ndarray) -> None:
@@ -177,3 +179,33 @@ def test_slides_are_looked_at_from_afar(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "masks/s1.tif"), disc((300, 512)))
     (found,) = (f for f in check_data(settings).findings if f.kind == "size mismatch")
     assert "300 x 512 against 512 x 512" in found.detail
+
+
+def test_annotations_go_by_several_names_and_what_was_left_out_is_said(tmp_path: Path) -> None:
+    def feature(name: str, *ring: list[int]) -> dict[str, Any]:
+        geometry = {"type": "Polygon", "coordinates": [[*ring, ring[0]]]}
+        return {"type": "Feature", "geometry": geometry, "properties": {"classification": {"name": name}}}
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    features = [
+        feature("Tumor", [0, 0], [10, 0], [10, 10], [0, 10]),
+        feature("Tumor 2", [20, 0], [30, 10], [30, 0], [20, 10]),
+        feature("Ink", [40, 0], [44, 0], [44, 4], [40, 4]),
+    ]
+    for k in range(2):
+        cv2.imwrite(str(tmp_path / f"images/{k}.png"), noisy(k))
+        text = json.dumps({"type": "FeatureCollection", "features": features})
+        (tmp_path / f"masks/{k}.geojson").write_text(text)
+    split = {"train": 0.5, "val": 0.5, "test": 0.0}
+    classes = {"tumour": ["Tumor", "Tumor 2"], "ignore": "Blur"}
+    values = {"root": str(tmp_path), "classes": classes, "unknown": "ignore", "split": split}
+    report = check_data(config_from_dict({"data": values}).data)
+    assert report.num_errors == 0
+    assert report.splits[0].shares[1] == pytest.approx(150 / (32 * 48 - 16))
+    said = [finding.detail for finding in report.findings if finding.kind == "annotations"]
+    assert said[:2] == [
+        "features of classes without a name count as ignore: 'Ink' (1 features)",
+        "1 rings cross themselves and are filled by the even-odd rule",
+    ]
+    assert len(said) == 4

@@ -14,7 +14,7 @@ from foveate.errors import FoveateError
 from foveate.io.raster import Raster
 from foveate.io.volume import Volume
 from foveate.tasks.items import SPLITS, Item, find_items, split_items
-from foveate.tasks.labels import IGNORE, OTHER_SIZE, whole_labels
+from foveate.tasks.labels import IGNORE, OTHER_SIZE, is_annotation, open_labels, whole_labels
 from foveate.tasks.plan_data import DataPlan, ImagePlan, plan_data
 from foveate.tasks.settings import DataConfig
 from foveate.tasks.slides import Slide
@@ -163,9 +163,18 @@ class _Census:
         self._count(item, counts)
 
     def _labels(self, item: Item, native: Raster, raster: Raster) -> Int64[NumpyArray, "256"]:
+        assert item.mask is not None
         if is_large(native):
-            return Slide(item, native, self.data).counts()
-        return np.bincount(whole_labels(item, self.data, native, raster).ravel(), minlength=IGNORE + 1)
+            slide = Slide(item, native, self.data)
+            labels, counts = slide.labels, slide.counts()
+        elif is_annotation(item.mask):
+            labels = open_labels(item, self.data, native.shape, raster)
+            counts = np.bincount(labels.read(whole_box(raster.shape)).ravel(), minlength=IGNORE + 1)
+        else:
+            return np.bincount(whole_labels(item, self.data, native, raster).ravel(), minlength=IGNORE + 1)
+        for line in labels.notes if labels else ():
+            self.note("annotations", item.name, line)
+        return counts
 
     def _count(self, item: Item, counts: NumpyArray) -> None:
         split = self.split_of[item.name]
@@ -222,7 +231,7 @@ def check_data(data: DataConfig, progress: Callable[[int, int], None] | None = N
         Split table, class shares and findings: unreadable files, unknown labels (as unreadable masks, with the value),
         size mismatches, missing pixel sizes where ``data.mpp`` needs them, mixed types, images with the same pixels
         (also across splits), classes that are empty somewhere they are needed, constant images and masks without any
-        class; for volumes, what their reader had to decide.
+        class; for volumes and annotations, what their reader had to decide.
 
     Raises:
         ConfigError: no image is found at all, or the rules contradict each other.

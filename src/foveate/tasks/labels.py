@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from foveate.errors import FormatError
 from foveate.geometry.source import Box, Source, exact_downsample, level_window
+from foveate.io.annotations import Annotations
 from foveate.io.grid import orientation
 from foveate.io.guard import sniff
 from foveate.io.masks import ClassTable, label_pixels, read_mask
@@ -91,6 +92,11 @@ class Labels:
     def downsamples(self) -> tuple[tuple[float, ...], ...]:
         """Level-0 pixels per pixel of every level."""
         return tuple(self._downsamples)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of annotations, one line each: what crosses itself, what was left out."""
+        return self._source.notes if isinstance(self._source, Annotations) else ()
 
     def tile_shape(self, level: int = 0) -> tuple[int, ...]:
         """Storage block of the level, in its own pixels."""
