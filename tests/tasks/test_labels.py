@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import zarr
 
 from foveate.errors import FormatError
 from foveate.io.masks import ClassTable
@@ -15,6 +16,7 @@ from foveate.io.raster import ArrayRaster
 from foveate.tasks.items import Item
 from foveate.tasks.labels import IGNORE, Labels, open_labels, whole_labels
 from foveate.tasks.settings import DataConfig
+from foveate.tasks.source import glance
 
 DATA = DataConfig(classes={"stroma": 1, "tumour": 2})
 
@@ -101,6 +103,28 @@ def test_files_of_every_kind_agree(tmp_path: Path) -> None:
         labels = open_labels(item(path), DATA, mask.shape, blank())
         np.testing.assert_array_equal(labels.read(((0, 0), mask.shape))[0], mask)
         np.testing.assert_array_equal(whole_labels(item(path), DATA, blank(), blank()), mask)
+
+
+@pytest.mark.parametrize("kind", ["palette", "zarr"])
+def test_labels_are_read_as_stored_and_never_blended(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foveate.io.raster.READ_WHOLE", 1000)  # by tile
+    mask = np.random.default_rng(0).choice(np.array([0, 10, 200], np.uint8), (80, 112))
+    path = tmp_path / "mask"
+    if kind == "zarr":
+        zarr.create_array(path, data=mask, chunks=(16, 16), dimension_names=["y", "x"])
+    else:
+        colours = np.arange(768).reshape(3, 256).astype(np.uint16) * 80
+        tifffile.imwrite(path, mask, photometric="palette", colormap=colours, tile=(16, 16))
+    data = replace(DATA, classes={"stroma": 10, "tumour": 200})  # a mean of them would be an error
+    truth = np.searchsorted([0, 10, 200], mask)
+    labels = open_labels(item(path), data, mask.shape, blank(mask.shape))
+    np.testing.assert_array_equal(labels.read(((0, 0), mask.shape))[0], truth)
+    seen = open_labels(item(path), data, mask.shape, blank((37, 51))).read(((0, 0), (37, 51)))[0]
+    rows, columns = (((np.arange(n) + 0.5) * full / n).astype(int) for n, full in ((37, 80), (51, 112)))
+    np.testing.assert_array_equal(seen, truth[rows][:, columns])
+    assert set(glance(labels, 300, nearest=True).ravel().tolist()) == {0, 1, 2}
 
 
 def polygons() -> dict[str, Any]:
