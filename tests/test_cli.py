@@ -374,8 +374,9 @@ def test_evaluate_prints_the_table_and_writes_the_page(run: Path, capsys: pytest
 @pytest.mark.filterwarnings("ignore")
 def test_inspect_and_plan_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(run.parent / "config.yaml")
-    assert main(["inspect", "--data", config]) == 0
-    assert "train" in capsys.readouterr().out
+    classes = "--data.classes={ball: '>=1'}"  # a space is no reason to take it for an IMAGE
+    assert main(["inspect", "--data", config, classes, "--data.images=images/*"]) == 0
+    assert "  ball\n" in capsys.readouterr().out
     assert main(["plan", "--data", config]) == 0
     assert "ceiling" in capsys.readouterr().out
     _truncated(run.parent / "data" / "images" / "003.png")

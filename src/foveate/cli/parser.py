@@ -28,22 +28,24 @@ class VerbParser(argparse.ArgumentParser):
 
     def parse_with_overrides(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """Parse the known words and return the ``--section.key=value`` ones, in order, as ``section.key=value``."""
-        for word in words:  # before argparse complains that the misspelled flag is missing
-            flag = word.partition("=")[0]
-            if flag.startswith("--") and "." not in flag and flag not in self._option_string_actions:
-                self.refuse(word)
-        args, unknown = self.parse_known_args(list(words))
         overrides: list[str] = []
-        rest = iter(unknown)
-        for word in rest:
+        others: list[str] = []
+        rest = iter(words)
+        for word in rest:  # before argparse, to which a word with a space in it is no flag
             name, equals, value = word.partition("=")
-            if not name.startswith("--") or "." not in name:
+            if not name.startswith("--") or name in self._option_string_actions:
+                others.append(word)
+                continue
+            if "." not in name:  # before argparse complains that the misspelled flag is missing
                 self.refuse(word)
             if not equals:
                 value = next(rest, "")
                 if not value or value.startswith("--"):
                     raise ConfigError(f"{name} has no value; write {name}=VALUE")
             overrides.append(f"{name[2:]}={value}")
+        args, unknown = self.parse_known_args(others)
+        if unknown:
+            self.refuse(unknown[0])
         return args, overrides
 
     def refuse(self, word: str) -> NoReturn:
