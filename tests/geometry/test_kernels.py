@@ -127,3 +127,13 @@ def test_fast_gather_equals_patchify_eager(dtype: str, num: int, patch: int) -> 
     done = np.setdiff1d(which, left)
     assert len(done) == len(leaves) or (dtype == "uint8" and patch == 4)
     np.testing.assert_array_equal(out[done], wanted[done])
+
+
+def test_a_picture_with_channels_last_in_memory_has_the_same_residual() -> None:
+    """Files are decoded so; a fused kernel that took rows for words once summed neighbours of other channels."""
+    image = np.random.default_rng(0).integers(0, 255, (128, 128, 3), np.uint8)
+    sizes, view = cell_sizes((128, 128), (16, 16)), image.transpose(2, 0, 1)[:, None]
+    found = residual_pyramid(view, (128, 128), sizes, (16, 16))
+    expected = residual_pyramid(np.ascontiguousarray(view), (128, 128), sizes, (16, 16))
+    for a, b in zip(found, expected, strict=True):
+        assert np.array_equal(a, b)

@@ -150,6 +150,7 @@ def merge_errors(
     """
     if image_CDHW.dtype == np.float64:  # room for exact sums: equal pixels must have no error at all
         image_CDHW = (image_CDHW - image_CDHW.flat[0]).astype(np.float32)
+    image_CDHW = np.ascontiguousarray(image_CDHW)  # the fused kernel reads rows as words
     length, dims = triple(shape), grid_dims(shape, sizes)
     extents, cells = sample_sizes(sizes, patch_size), [triple(size) for size in sizes]
     levels = [np.zeros(tuple(d)) for d in dims]
