@@ -344,7 +344,8 @@ def test_predict_writes_masks_of_the_images_size(run: Path, tmp_path: Path, caps
     with Image.open(paths[0]) as mask:
         assert mask.size == (64, 64)
     assert "--overwrite" in fails(capsys, *words)
-    assert main([*words, "--overwrite"]) == 0
+    assert main([*words, "--overwrite", "--max-leaves", "8"]) == 0
+    assert "max_leaves=0 is below 1" in fails(capsys, *words, "--overwrite", "--max-leaves", "0")
 
 
 @pytest.mark.filterwarnings("ignore")
