@@ -4,7 +4,7 @@ Legend: T leaves of a pack, A active leaves, p samples per side at a level, S = 
 them with the halo, M rim samples, N dimensions. A *row* is leaf * S + sample, counted through the pack.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from jaxtyping import Int, Int64
 from torch import Tensor
 
 from foveate.errors import ShapeError
+from foveate.geometry.kernels_rim import number_rows
 from foveate.geometry.leaves import Leaves
 from foveate.geometry.samples import halo_rows
 
@@ -22,7 +23,7 @@ class ActiveLevel:
 
     Args:
         side: p.
-        rim: rows of other leaves' samples that are needed here, ascending.
+        rim: rows of other leaves' samples that are needed here, each once.
         index: what lies under each padded cell of every active leaf: a position in the active leaves' samples followed
             by the rim; -1 outside the image. Empty at the coarsest level, which nothing convolves.
         origin: for each rim sample the position of its parent in the rim of the level below, times 2^N, plus which of
@@ -65,30 +66,44 @@ def active_levels(leaves: Sequence[Leaves], active: Int64[Tensor, " A"], sides: 
     levels: list[ActiveLevel] = []
     parent_M = part_M = active.new_empty(0)  # of the rim of the level above
     for level, side in reversed(list(enumerate(sides))):
-        samples = side**num_dims
-        row_AH = _halo(leaves, active, side) if level else active.new_empty((0, (side + 2) ** num_dims))
-        slot_AH = slot_T[row_AH.clamp_min(0) // samples]
-        other_AH = (row_AH >= 0) & (slot_AH < 0)
-        touched_Q = row_AH[other_AH]
-        rim, at = torch.cat([touched_Q, parent_M]).unique(return_inverse=True)
-        index_AH = torch.where(row_AH < 0, -1, slot_AH * samples + row_AH % samples)
-        index_AH[other_AH] = len(active) * samples + at[: len(touched_Q)]
+        book = _Book(slot_T, len(active), side**num_dims)
+        index_AH = (
+            torch.cat([book.find(*rows) for rows in _halo(leaves, active, side)]) if level else active.new_empty(0)
+        )
+        origin_M = book.find(parent_M) - book.first
         if levels:
-            levels[-1] = replace(levels[-1], origin=at[len(touched_Q) :] * 2**num_dims + part_M)
-        levels.append(ActiveLevel(side, rim, index_AH, active.new_empty(0)))
+            levels[-1] = replace(levels[-1], origin=origin_M * 2**num_dims + part_M)
+        rim = book.rim
+        levels.append(ActiveLevel(side, rim, index_AH.view(-1, (side + 2) ** num_dims), active.new_empty(0)))
         parent_M, part_M = _parents(rim, side, num_dims)
     return levels[::-1]
 
 
-def _halo(leaves: Sequence[Leaves], active: Tensor, side: int) -> Tensor:
-    """Rows under the padded cells of the active leaves, "A H"; -1 outside."""
-    parts, first = [], 0
+def _halo(leaves: Sequence[Leaves], active: Tensor, side: int) -> Iterator[tuple[Tensor, int]]:
+    """Rows under the padded cells of the active leaves of each image, -1 outside, and the image's first row."""
+    first = 0
     for one in leaves:
         own = active[(active >= first) & (active < first + len(one))] - first
-        row_AH = halo_rows(one, side, own.numpy(), repeat=False).flatten(1)
-        parts.append(torch.where(row_AH < 0, -1, row_AH + first * side**one.num_dims))
+        yield halo_rows(one, side, own.numpy(), repeat=False).flatten(), first * side**one.num_dims
         first += len(one)
-    return torch.cat(parts)
+
+
+class _Book:
+    """Where the samples of a level are found: those of active leaves by slot, then others in the order asked for."""
+
+    def __init__(self, slot_T: Tensor, num_active: int, samples: int) -> None:
+        self.slot_T, self.samples, self.first = slot_T, samples, num_active * samples
+        self.number = torch.full((len(slot_T) * samples,), -1, dtype=torch.int32)
+        self.rim = slot_T.new_empty(0)
+
+    def find(self, row_Q: Tensor, offset: int = 0) -> Tensor:
+        """Positions of rows; -1 stays -1."""
+        rim, index_Q = row_Q.new_empty(len(self.rim) + len(row_Q)), torch.empty(len(row_Q), dtype=torch.int32)
+        rim[: len(self.rim)] = self.rim
+        slot, number, listed, index = (part.numpy() for part in (self.slot_T, self.number, rim, index_Q))
+        count = number_rows(row_Q.numpy(), offset, self.samples, slot, self.first, number, listed, len(self.rim), index)
+        self.rim = rim[:count].clone()
+        return index_Q
 
 
 def _parents(row_M: Tensor, side: int, num_dims: int) -> tuple[Tensor, Tensor]:

@@ -162,7 +162,7 @@ class SparseDecoder(nn.Module):
         for stage, level in zip(self.stages, levels[1:], strict=True):
             own_RC, rim_MC = stage(own_RC, rim_MC, pixels, active, scale_AN, level)
         logits: Tensor = self.fine(own_RC)
-        return logits.view(len(active), -1, self.num_classes).transpose(1, 2)
+        return logits.view(len(active), -1, self.num_classes).transpose(1, 2).contiguous()
 
     def _trunk(self, hidden: tuple[Tensor, ...], patches: Patches, scale_TN: Tensor) -> Tensor:
         """Features of all leaves at a quarter of the resolution, rows "T * Q^N C"."""
