@@ -1,15 +1,16 @@
 """The published sparse segmenter and its dense baseline, re-implemented plainly as the things to compare with.
 
 ViT with naive attention (or the fused kernel), softmax straight-through top-k by boolean masks behind blocks 2, 5 and
-8, assembly of all prune points with a full-length block, and the dense UNETR decoder for patch size 8 on MONAI's
-blocks. Written from the description of the algorithm (Zhou et al., IPMI 2023, arXiv 2303.06522), with its costs and its
-schedule of int(length * (1 - ratio)), which goes 1728 -> 172 -> 17 -> 1. Its parameters (ViT-B 93.3 and 107.6 million)
-and its multiply-adds at 96^3 (258.3 and 131.8 G) are those of the released code.
+8, assembly of all prune points with a full-length block, and the dense UNETR decoder on MONAI's blocks. Written from
+the description of the algorithm (Zhou et al., IPMI 2023, arXiv 2303.06522), with its costs and its schedule of
+int(length * (1 - ratio)), which goes 1728 -> 172 -> 17 -> 1. Its parameters (ViT-B 93.3 and 107.6 million) and its
+multiply-adds at 96^3 (258.3 and 131.8 G) are those of the released code.
 
 Legend: B volumes, L tokens with the class token, C width, K classes.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
@@ -60,34 +61,29 @@ class PlainScorer(nn.Module):
         )
 
 
-class DenseUnetr8(nn.Module):
-    """UNETR's decoder for patch size 8: the token grid is pooled once more, to have as many levels as at 16."""
+class DenseUnetr(nn.Module):
+    """UNETR's decoder for patch size 16, or for 8 with the token grid pooled once more, so that levels are as many."""
 
-    def __init__(self, in_chans: int, width: int, num_classes: int, side: int, channels: int = 16) -> None:
+    def __init__(
+        self, in_chans: int, width: int, num_classes: int, side: int, patch_size: int, channels: int = 16
+    ) -> None:
         super().__init__()
         common = {"spatial_dims": 3, "kernel_size": 3, "stride": 1, "norm_name": "instance", "res_block": True}
-        up = {
-            "spatial_dims": 3,
-            "kernel_size": 3,
-            "upsample_kernel_size": 2,
-            "norm_name": "instance",
-            "res_block": True,
-        }
-        self.side = side
+        self.side, eight = side, patch_size == 8
+        up = {**common, "upsample_kernel_size": 2}
+        del up["stride"]
+        skip = {**common, "upsample_kernel_size": 2, "conv_block": True, "in_channels": width}
         self.encoder1 = UnetrBasicBlock(in_channels=in_chans, out_channels=channels, **common)
-        self.encoder2 = self._skip(width, 2 * channels, 1, common)
-        self.encoder3 = self._skip(width, 4 * channels, 0, common)
-        self.encoder4 = UnetrBasicBlock(in_channels=width, out_channels=8 * channels, **common)
-        self.pool = nn.AvgPool3d(3, 2, 1)
-        self.ups = nn.ModuleList(
-            UnetrUpBlock(in_channels=below, out_channels=own, **up)
-            for below, own in zip((width, 8 * channels, 4 * channels, 2 * channels), (128, 64, 32, 16), strict=True)
-        )
+        self.encoder2 = UnetrPrUpBlock(out_channels=2 * channels, num_layer=1 if eight else 2, **skip)
+        self.encoder3 = UnetrPrUpBlock(out_channels=4 * channels, num_layer=0 if eight else 1, **skip)
+        if eight:
+            self.encoder4 = UnetrBasicBlock(in_channels=width, out_channels=8 * channels, **common)
+        else:
+            self.encoder4 = UnetrPrUpBlock(out_channels=8 * channels, num_layer=0, **skip)
+        self.pool = nn.AvgPool3d(3, 2, 1) if eight else nn.Identity()
+        widths = (width, 8 * channels, 4 * channels, 2 * channels, channels)
+        self.ups = nn.ModuleList(UnetrUpBlock(in_channels=a, out_channels=b, **up) for a, b in pairwise(widths))
         self.out = UnetOutBlock(spatial_dims=3, in_channels=channels, out_channels=num_classes)
-
-    def _skip(self, width: int, out: int, num_layer: int, common: dict[str, object]) -> nn.Module:
-        sizes = {"in_channels": width, "out_channels": out, "num_layer": num_layer, "upsample_kernel_size": 2}
-        return UnetrPrUpBlock(conv_block=True, **sizes, **common)
 
     def forward(self, image: Tensor, hidden: Sequence[Tensor]) -> Tensor:
         x3, x6, x9, last = (x.transpose(1, 2).unflatten(2, (self.side,) * 3).contiguous() for x in hidden)
@@ -126,7 +122,7 @@ class PublishedSegmenter(nn.Module):
         self.place = nn.Parameter(torch.randn(1, cells**3 + 1, width) * 0.02)
         self.blocks = nn.ModuleList(PlainBlock(width, num_heads, fused) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder = DenseUnetr8(in_chans, width, num_classes, cells)
+        self.decoder = DenseUnetr(in_chans, width, num_classes, cells, patch_size)
         self.points = (2, 5, 8) if ratio else ()
         if ratio:
             self.scorers = nn.ModuleList(PlainScorer(width) for _ in self.points)

@@ -1,11 +1,11 @@
 """Pruned segmentation of volumes against the dense model, naive and fused, and against the published sparse model.
 
-Run ``foveate bench scd`` (about six CPU minutes) or ``--quick`` (seconds; proves nothing).
+Run ``foveate bench scd`` (about eight CPU minutes) or ``--quick`` (seconds; proves nothing).
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,69 +18,108 @@ from _published_scd import PublishedSegmenter
 from _timing import in_turn, speed_up
 from foveate.geometry.leaves import uniform_leaves
 from foveate.geometry.paint import unpatchify
-from foveate.geometry.patches import Patches, patchify
+from foveate.geometry.patches import patchify
 from foveate.geometry.tree import adaptive_leaves
 from foveate.models import ModelConfig, build_model
 from foveate.testing import synthetic_image
 
-PATCH, CLASSES, POINTS = 8, 14, (2, 5, 8)
-BASELINES = {"dense naive": (15, 18), "dense SDPA": (11, 13), "published": (8, 9)}  # targets: forward, training
 PROTOCOL = """
-One volume of {side}^3 with one channel (foveate.testing.synthetic_image, 3-D), patch size 8, ViT of width {width} and
-12 blocks, class token, 14 classes, untrained weights, float32, one thread, process CPU time, all sides in turn, least
-of n turns; spread: least and greatest ratio of one turn. Baselines (benchmarks/_published_scd.py): "dense naive" and
-"dense SDPA", ViT with the dense UNETR decoder and attention as a matrix or as torch's fused kernel; "published", the
-published sparse model, attention naive, pruning 1728 -> 172 -> 17 -> 1. Ours: "uniform .1", the same share on the
-same grid (173, then 17, 16), the 173 decoded at full resolution; "uniform .25", the default of scd_vit_base_3d (864,
-432, 432), 432 decoded at full resolution; "adaptive", {leaves} adaptive leaves, a quarter of them kept and decoded at
-full resolution, cutting the tree and the patches timed, and in inference painting all logits to voxels too. Training
-step: forward and backward of the mean square of the logits; the optimiser, equal for all up to the weights, is left
-out. Saved: bytes of different storages that autograd keeps for the backward pass, weights not counted. Speed alone:
-accuracy is measured elsewhere.
+Volumes with untrained weights, float32, one thread, process CPU time, all sides of a case in turn, least of n turns;
+spread: least and greatest ratio of one turn. Cases: "vit-b.96", 96^3, 1 channel, patch size 8, ViT-B, 14 classes;
+"vit-b.128", 128^3, 4 channels, patch size 8, ViT-B, 3 classes; "vit-s16.96", 96^3, 1 channel, patch size 16, ViT-S,
+14 classes; 12 blocks and a class token each (foveate.testing.synthetic_image in 3-D). Baselines
+(benchmarks/_published_scd.py): "dense naive" and "dense SDPA", ViT with the dense UNETR decoder and attention as a
+matrix or as torch's fused kernel; "published", the published sparse model, attention naive, pruning 1728 -> 172 -> 17
+-> 1 at 96^3 and 4096 -> 1024 -> 256 -> 64 at 128^3. Ours prunes behind the same blocks, keeps the stated shares of
+all tokens and decodes at full resolution what the first prune point kept, with no fewer than 16 tokens left;
+"uniform": on the same grid; "adaptive": on a quarter as many adaptive leaves, the cutting of tree and patches timed,
+and in inference also the painting of all logits to voxels. Training step: forward and backward of the mean square of
+the logits; the optimiser is left out. Saved: bytes of the different storages that autograd keeps for the backward
+pass, weights not counted. Speed alone: accuracy is measured elsewhere.
 """
-Calls = dict[str, Callable[[], object]]
+Apply = Callable[[nn.Module, bool], Tensor]
+Sides = dict[str, tuple[nn.Module, Apply]]
 
 
-def ours(width: int, keep_ratio: tuple[float, ...], **changes: Any) -> nn.Module:
-    config = ModelConfig(num_dims=3, patch_size=PATCH, in_chans=1, pos_grid=6, num_classes=CLASSES)
-    sizes = {"width": width, "num_heads": width // 64, "prune_after": POINTS, "decoder": "sparse"}
-    return build_model(replace(config, **sizes, keep_ratio=keep_ratio, **changes))
+@dataclass(frozen=True)
+class Case:
+    """A volume, a model, and what its sides have to reach: baseline -> times (forward, training)."""
+
+    name: str
+    side: int
+    in_chans: int
+    num_classes: int
+    patch_size: int
+    width: int
+    ratio: float
+    ours: dict[str, tuple[float, ...]]
+    targets: dict[str, tuple[float, float]]
+    turns: int = 3
 
 
-def volume(side: int) -> np.ndarray:
-    pixels, _ = synthetic_image(side, seed=0, num_dims=3)
-    return pixels[:1].astype(np.float32) / 255 - 0.5
+TENTH, QUARTER, HALF = (0.1, 0.01, 0.01), (0.25, 0.0625, 0.0156), (0.5, 0.25, 0.25)
+ALL = {"dense naive": (15, 18), "dense SDPA": (11, 13), "published": (8, 9)}
+CASES = (
+    Case("vit-b.96", 96, 1, 14, 8, 768, 0.9, {"uniform": TENTH, "adaptive": QUARTER}, ALL),
+    Case("vit-s16.96", 96, 1, 14, 16, 384, 0.9, {"uniform": QUARTER}, {"dense SDPA": (4, 4)}),
+    Case("vit-b.128", 128, 4, 3, 8, 768, 0.75, {"adaptive": QUARTER}, {"published": (12, 12)}, turns=2),
+)
+QUICK = (Case("quick", 32, 1, 3, 8, 128, 0.5, {"uniform": HALF, "adaptive": QUARTER}, ALL, turns=1),)
 
 
-def sides(side: int, width: int, leaves: int) -> dict[str, tuple[nn.Module, Callable[[nn.Module, bool], Tensor]]]:
-    """Every side: a model, and how it comes from the volume to logits."""
-    image = volume(side)
+def ours(case: Case, keep_ratio: tuple[float, ...]) -> nn.Module:
+    return build_model(
+        ModelConfig(
+            num_dims=3,
+            patch_size=case.patch_size,
+            in_chans=case.in_chans,
+            num_classes=case.num_classes,
+            pos_grid=6,
+            width=case.width,
+            num_heads=case.width // 64,
+            prune_after=(2, 5, 8),
+            keep_ratio=keep_ratio,
+            active_stage=0,
+            decoder="sparse",
+        )
+    )
+
+
+def baseline(case: Case, name: str) -> nn.Module:
+    ratio = case.ratio if name == "published" else 0.0
+    sizes = {"side": case.side, "in_chans": case.in_chans, "num_classes": case.num_classes, "width": case.width}
+    heads = {"num_heads": case.width // 64, "patch_size": case.patch_size}
+    return PublishedSegmenter(**sizes, **heads, ratio=ratio, fused=name == "dense SDPA")
+
+
+def volume(case: Case) -> np.ndarray:
+    parts = [synthetic_image(case.side, seed=seed, num_dims=3)[0][:1] for seed in range(case.in_chans)]
+    return np.concatenate(parts).astype(np.float32) / 255 - 0.5
+
+
+def sides(case: Case) -> Sides:
+    """Every side of a case: a model, and how it comes from the volume to logits."""
+    image, patch_size = volume(case), case.patch_size
     tensor = torch.from_numpy(image)[None]
-    grid = patchify(image, uniform_leaves((side,) * 3, PATCH), PATCH)
-    dense = {"side": side, "width": width, "num_heads": width // 64, "num_classes": CLASSES}
+    grid = patchify(image, uniform_leaves(image.shape[1:], patch_size), patch_size)
 
     def whole(model: nn.Module, paint: bool) -> Tensor:
         return model(tensor)
 
-    def packed(model: nn.Module, paint: bool) -> Tensor:
+    def uniform(model: nn.Module, paint: bool) -> Tensor:
         return model(grid)
 
     def adaptive(model: nn.Module, paint: bool) -> Tensor:
-        patches: Patches = patchify(image, adaptive_leaves(image, max_leaves=leaves, min_size=PATCH), PATCH)
-        logits = model(patches)
-        return unpatchify(logits, patches.leaves[0], mode="smooth") if paint else logits
+        leaves = adaptive_leaves(image, max_leaves=len(grid.pixels) // 4, min_size=patch_size)
+        logits = model(patchify(image, leaves, patch_size))
+        return unpatchify(logits, leaves, mode="smooth") if paint else logits
 
-    return {
-        "dense naive": (PublishedSegmenter(**dense), whole),
-        "dense SDPA": (PublishedSegmenter(**dense, fused=True), whole),
-        "published": (PublishedSegmenter(**dense, ratio=0.9 if side > 32 else 0.5), whole),
-        "uniform .1": (ours(width, (0.1, 0.01, 0.01), active_stage=0), packed),
-        "uniform .25": (ours(width, (0.5, 0.25, 0.25)), packed),
-        "adaptive": (ours(width, (0.25, 0.0625, 0.0625), active_stage=0), adaptive),
-    }
+    kinds = {"uniform": uniform, "adaptive": adaptive}
+    parts: Sides = {name: (baseline(case, name), whole) for name in case.targets}
+    return parts | {name: (ours(case, ratio), kinds[name]) for name, ratio in case.ours.items()}
 
 
-def forward(model: nn.Module, apply: Callable[[nn.Module, bool], Tensor]) -> Callable[[], object]:
+def forward(model: nn.Module, apply: Apply) -> Callable[[], object]:
     def call() -> object:
         with torch.no_grad():
             return apply(model.eval(), True)
@@ -88,7 +127,7 @@ def forward(model: nn.Module, apply: Callable[[nn.Module, bool], Tensor]) -> Cal
     return call
 
 
-def training_step(model: nn.Module, apply: Callable[[nn.Module, bool], Tensor]) -> Callable[[], object]:
+def training_step(model: nn.Module, apply: Apply) -> Callable[[], object]:
     def call() -> None:
         apply(model.train(), False).square().mean().backward()
         model.zero_grad(set_to_none=True)
@@ -96,7 +135,7 @@ def training_step(model: nn.Module, apply: Callable[[nn.Module, bool], Tensor]) 
     return call
 
 
-def saved_bytes(model: nn.Module, apply: Callable[[nn.Module, bool], Tensor]) -> int:
+def saved_bytes(model: nn.Module, apply: Apply) -> int:
     """Bytes that autograd keeps for the backward pass, weights not counted."""
     weights = {weight.untyped_storage().data_ptr() for weight in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
@@ -115,56 +154,51 @@ def saved_bytes(model: nn.Module, apply: Callable[[nn.Module, bool], Tensor]) ->
     return sum(kept.values())
 
 
-def claims_of(what: str, calls: Calls, turns: int) -> list[dict[str, Any]]:
+def speed(case: Case, what: str, parts: Sides) -> list[dict[str, Any]]:
     """Speed-up of each of our sides over each baseline."""
-    for name, call in calls.items():
-        if name not in BASELINES:
-            call()
+    make, turns = (forward, case.turns) if what == "forward" else (training_step, max(1, case.turns - 1))
+    calls = {name: make(*part) for name, part in parts.items()}
+    for name in case.ours:
+        calls[name]()
     taken = in_turn(calls, turns)
     claims = []
-    for name in (name for name in calls if name not in BASELINES):
-        for against, targets in BASELINES.items():
-            times, spread = speed_up(taken[against], taken[name])
-            claims.append(
-                record.claim(
-                    f"scd.{what}.{name}",
-                    times,
-                    "x",
-                    against,
-                    targets[what == "training"],
-                    spread=spread,
-                    note=f"{min(taken[against]):.2f} s against {min(taken[name]):.3f} s, n = {turns}",
-                )
-            )
+    for name, against in product(case.ours, case.targets):
+        times, spread = speed_up(taken[against], taken[name])
+        note = f"{min(taken[against]):.2f} s against {min(taken[name]):.3f} s, n = {turns}"
+        target = case.targets[against][what == "training"]
+        title = f"scd.{case.name}.{what}.{name}"
+        claims.append(record.claim(title, times, "x", against, target, spread=spread, note=note))
     return claims
 
 
-def memory(parts: dict[str, tuple[nn.Module, Callable[[nn.Module, bool], Tensor]]]) -> list[dict[str, Any]]:
+def memory(case: Case, parts: Sides) -> list[dict[str, Any]]:
     """Bytes kept for the backward pass by the published model over those of each of our sides."""
+    if "published" not in parts:
+        return []
     published = saved_bytes(*parts["published"])
     claims = []
-    for name in (name for name in parts if name not in BASELINES):
+    for name in case.ours:
         own = saved_bytes(*parts[name])
         note = f"{published / 2**20:.0f} MiB against {own / 2**20:.0f} MiB"
-        claims.append(record.claim(f"scd.saved.{name}", published / own, "x", "published", 10, note=note))
+        claims.append(record.claim(f"scd.{case.name}.saved.{name}", published / own, "x", "published", 10, note=note))
     return claims
 
 
-def main(quick: bool = False, out: Path = record.RESULTS) -> Path:
+def main(quick: bool = False, out: Path = record.RESULTS, only: str = "") -> Path:
     """Measure the family and write its record."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    side, width, leaves, turns = (32, 128, 32, 1) if quick else (96, 768, 432, 3)
-    started = time.process_time()
-    parts = sides(side, width, leaves)
-    claims = memory(parts)
-    claims += claims_of("forward", {name: forward(*part) for name, part in parts.items()}, turns)
-    claims += claims_of("training", {name: training_step(*part) for name, part in parts.items()}, max(1, turns - 1))
-    print(f"{time.process_time() - started:.0f} CPU seconds")
+    claims = []
+    for case in QUICK if quick else CASES:
+        if only in case.name:
+            parts = sides(case)
+            claims += speed(case, "forward", parts) + speed(case, "training", parts) + memory(case, parts)
     head = "QUICK RUN, proves nothing. " if quick else ""
-    return record.write("scd", head + PROTOCOL.format(side=side, width=width, leaves=leaves), claims, out)
+    return record.write("scd", head + PROTOCOL, claims, out)
 
 
 if __name__ == "__main__":
-    args = record.arguments(__doc__).parse_args()
-    print(main(args.quick, args.out))
+    parser = record.arguments(__doc__)
+    parser.add_argument("--only", default="", metavar="PART", help="cases whose name holds this")
+    args = parser.parse_args()
+    print(main(args.quick, args.out, args.only))
