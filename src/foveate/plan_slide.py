@@ -21,7 +21,6 @@ from foveate.geometry.lazy_tree import plan_stages
 from foveate.geometry.pyramid import grid_dims
 from foveate.geometry.source import Box, Source, level_window
 from foveate.geometry.tree import cell_sizes
-from foveate.io.tile_cache import DEFAULT_CACHE_BYTES
 from foveate.plan import DTYPES, Plan, plan
 
 if TYPE_CHECKING:
@@ -258,7 +257,6 @@ def _steps(
 ) -> tuple[Step, ...]:
     weights = {"buffers": _BUFFERS, "weights": network.parameter_bytes}
     read = _read(source, config, leaves, min_size)
-    cache = {"tile cache": min(DEFAULT_CACHE_BYTES, read.decoded * source.channels * source.dtype.itemsize)}
     per_leaf = 4 * config.patch_size**config.num_dims
     patches = leaves * source.channels * per_leaf
     logits = leaves * config.num_classes * per_leaf
@@ -267,19 +265,19 @@ def _steps(
     pixels = math.prod(source.shape)
     cut = {"pixels": read.held, "values": read.values, "sums": read.sums, "patches": patches}
     return (
-        Step("cut", 0, weights | cache | cut, read.decoded / rates.decoded + read.held / 1e8),
-        Step("patches", 0, weights | cache | {"patches": 4 * patches}, 0.0),
+        Step("cut", 0, weights | cut, read.decoded / rates.decoded + read.held / 1e8),
+        Step("patches", 0, weights | {"patches": 4 * patches}, 0.0),
         Step(
             "model",
             network.flops,
-            weights | cache | {"patches": network.input_bytes, "activations": network.activation_bytes},
+            weights | {"patches": network.input_bytes, "activations": network.activation_bytes},
             attention / rates.attention + (network.flops - attention) / rates.product,
         ),
-        Step("logits", 0, weights | cache | {"patches": patches, "logits": 3 * logits}, 0.0),
+        Step("logits", 0, weights | {"patches": patches, "logits": 3 * logits}, 0.0),
         Step(
             "write",
             0,
-            weights | cache | {"patches": patches, "logits": 2 * logits, "rows of tiles": rows},
+            weights | {"patches": patches, "logits": 2 * logits, "rows of tiles": rows},
             pixels * (TISSUE / PAINTED + (1 - TISSUE) / STORED),
         ),
     )

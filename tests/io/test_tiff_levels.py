@@ -356,3 +356,14 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "a.tif").unlink()
     with pytest.raises(FormatError, match=r"cannot be read \(No such file or directory\); check the path"):
         whole(raster)
+
+
+def test_tiles_that_are_handed_out_whole_are_not_kept(tmp_path: Path) -> None:
+    cache = TileCache()
+    write_plain(tmp_path / "a.tif", picture(300, 200))
+    raster = open_raster(tmp_path / "a.tif", cache=cache)
+    high, wide = raster.tile_shape()
+    raster.read(((0, 0), (high, wide)))
+    assert cache.num_bytes == 0
+    raster.read(((0, 0), (high, wide - 1)))
+    assert cache.num_bytes == 3 * high * wide

@@ -118,15 +118,18 @@ class TiledRaster:
             FormatError: a tile cannot be decoded and ``broken`` is ``"raise"``, or the file is gone or has changed.
 
         Cost:
-            Decoding of the tiles that touch the window and are not in the cache.
+            Decoding of the tiles that touch the window and are not in the cache. Tiles that lie wholly in the window are
+            not put there: what is read tile by tile is read once.
         """
         window = check_window(box, self.shape, level, self.downsamples)
         (top, left), (bottom, right) = stored_window(window, self.levels[level])
-        high, wide = self._facts.tiles[level]
+        (high, wide), (full_high, full_wide) = self._facts.tiles[level], self.levels[level]
         out = np.empty((bottom - top, right - left, self.channels), self.dtype)
         for row in range(top // high, -(-bottom // high)):
             for column in range(left // wide, -(-right // wide)):
-                tile = self._tile(level, row, column)
+                inside = top <= row * high and left <= column * wide
+                inside &= min((row + 1) * high, full_high) <= bottom and min((column + 1) * wide, full_wide) <= right
+                tile = self._tile(level, row, column, keep=not inside)
                 y, x = max(row * high, top), max(column * wide, left)
                 y_stop, x_stop = min((row + 1) * high, bottom), min((column + 1) * wide, right)
                 part = (
@@ -137,7 +140,7 @@ class TiledRaster:
                 out[y - top : y_stop - top, x - left : x_stop - left] = part
         return fill_window(out.transpose(2, 0, 1), window)
 
-    def _tile(self, level: int, row: int, column: int) -> Array | None:
+    def _tile(self, level: int, row: int, column: int, *, keep: bool) -> Array | None:
         """Pixels ``[T, T, C]``, at the lower and right edge at least those of the level; None is background."""
         place = (level, row, column)
         if place in self._broken:
@@ -153,7 +156,7 @@ class TiledRaster:
             raise  # the file as a whole
         except DECODER_ERRORS as error:
             self._give_up(place, error)
-        if tile is not None:
+        if tile is not None and keep:
             cache.put(key, tile)
         return tile
 
