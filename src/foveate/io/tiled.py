@@ -118,7 +118,7 @@ class TiledRaster:
             FormatError: a tile cannot be decoded and ``broken`` is ``"raise"``, or the file is gone or has changed.
 
         Cost:
-            Decoding of the tiles that touch the window and are not in the cache. Tiles that lie wholly in the window are
+            Decoding of the tiles that touch the window and are not in the cache. Tiles that lie wholly in it are
             not put there: what is read tile by tile is read once.
         """
         window = check_window(box, self.shape, level, self.downsamples)
