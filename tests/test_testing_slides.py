@@ -1,5 +1,6 @@
 """Synthetic slides: seeded, exact, the same however they are cut, and slides to those who read slides."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,11 +122,15 @@ def test_ome_by_suffix(tmp_path: Path) -> None:
     assert raster.levels == ((700, 700), (175, 175), (44, 44))
 
 
-def test_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", "-m", "foveate.testing", "a.tif", "--side", "300", "--mask", "m.tif"]
+def test_command_line_makes_folders_and_fails_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-m", "foveate.testing", "a/s.tif", "--side", "300", "--mask", "b/m.tif"]
     subprocess.run(command, check=True, cwd=tmp_path)
-    assert whole(tmp_path / "a.tif").shape == (300, 300, 3)
-    assert whole(tmp_path / "m.tif").shape == (300, 300)
+    assert whole(tmp_path / "a/s.tif").shape == (300, 300, 3)
+    assert whole(tmp_path / "b/m.tif").shape == (300, 300)
+    again = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1
+    assert re.match(r"python -m foveate\.testing: error: .*exists already; ", again.stderr)
 
 
 def test_bad_requests_say_the_rule(tmp_path: Path) -> None:
