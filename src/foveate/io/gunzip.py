@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from foveate.errors import FormatError
 from foveate.io.guard import DECODER_ERRORS, bad_file, undecodable
 
 GZIP = b"\x1f\x8b"
@@ -62,6 +63,8 @@ def gunzip(path: Path, size: int) -> NDArray[np.uint8]:
             except imagecodecs.DeflateError:
                 pass  # several members, trailing bytes, or damage: the slow way tells which
         _fill(path, out)
+    except FormatError:
+        raise
     except DECODER_ERRORS as error:
         raise undecodable(path, "gzip", error) from None
     return out
