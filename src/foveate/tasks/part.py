@@ -1,8 +1,11 @@
 """The hidden folder in which the outputs of one image grow, so that a killed prediction can go on where it stopped."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from foveate.geometry.source import Box
 from foveate.io.write import atomic_write, write_json
 
 _VALUES, _LEAVES, _NOTE, _PLACING = "values.safetensors", "leaves.npz", "note.json", "placing.json"
+_LOCK = "lock"
 
 
 class Part:
@@ -45,12 +49,18 @@ class Part:
             source: The image.
             settings: Whatever else the outputs depend on.
             resume: False starts anew in any case.
+
+        Raises:
+            FormatError: another process is at work in it.
         """
-        part = cls(part_folder(out, name), fingerprint(source, settings))
+        key, folder = fingerprint(source, settings), part_folder(out, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+        part = cls(folder, key)
+        weakref.finalize(part, os.close, lock)
         if not (resume and part.resumed):
-            part.remove()
+            part._clear()
             part.resumed = False
-        part.folder.mkdir(parents=True, exist_ok=True)
         return part
 
     @property
@@ -121,8 +131,35 @@ class Part:
 
     def remove(self) -> None:
         """Remove the folder and what is in it."""
-        (self.folder / _NOTE).unlink(missing_ok=True)  # first, so that half a folder is never taken up
+        self._clear()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _clear(self) -> None:
+        (self.folder / _NOTE).unlink(missing_ok=True)  # first, so that half a folder is never taken up
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _LOCK:
+                path.unlink(missing_ok=True)
+
+
+def _lock(folder: Path) -> int:
+    """Keeps other processes out of a folder until the descriptor is closed, or this process is killed."""
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # a system without such locks
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            os.close(descriptor)
+            raise FormatError(
+                f"{folder}: another process is predicting this image into the same folder; wait for it, or give "
+                "another --out"
+            ) from None
+    return descriptor
 
 
 def part_folder(out: Path, name: str) -> Path:
