@@ -194,7 +194,10 @@ def test_a_slide_without_a_pixel_size_is_an_error_with_the_remedy(root: Path) ->
     write_pyramid(root / "masks/none.tif", mask, mpp=None)
     config = settings(root, mpp=1.0)
     item = next(item for item in find_items(config.data) if item.name == "images/none")
-    message = r"none\.tif does not say the size of its pixels, but data\.mpp=1: give it in a column mpp of the manifest"
+    message = (
+        r"none\.tif does not say the size of its pixels, but data\.mpp=1: give it in a column mpp of the manifest, "
+        r"to predict with --mpp X \(mpp=X\), or set data\.mpp to null$"
+    )
     with pytest.raises(FormatError, match=message):
         open_item(item, config.data)
     assert open_item(replace(item, mpp=0.5), config.data).shape == (256, 256)

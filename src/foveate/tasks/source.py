@@ -80,7 +80,7 @@ def open_item(item: Item, data: DataConfig, native: Raster | None = None) -> Ras
     if raster.spacing is None or len(raster.shape) != 2:
         raise FormatError(
             f"{item.image} {NO_MPP}, but data.mpp={data.mpp:g}: give it in a column mpp of "
-            "the manifest, or set data.mpp to null"
+            "the manifest, to predict with --mpp X (mpp=X), or set data.mpp to null"
         )
     from foveate.io.view import at_mpp
 
