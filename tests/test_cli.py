@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 import foveate
@@ -233,6 +234,20 @@ def test_inspect_says_what_a_slide_is_and_reads_little_of_it(
         assert picture.size == (1024, 1024)
     assert main(["inspect", str(slide), "--mpp", "0.25"]) == 0
     assert "mpp: 0.25 um per pixel (given as an argument)" in capsys.readouterr().out
+
+
+def test_inspect_goes_on_without_a_broken_tile_as_its_message_says(
+    slide: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tifffile.TiffFile(slide) as tiff:
+        start, count = tiff.pages[-1].dataoffsets[0], tiff.pages[-1].databytecounts[0]
+    data = bytearray(slide.read_bytes())
+    data[start : start + count] = bytes(count)
+    slide.write_bytes(data)
+    assert main(["inspect", str(slide)]) == 2
+    assert "tile at row 0, column 0 of level 2 is broken" in capsys.readouterr().err
+    assert main(["inspect", str(slide), "--broken", "fill"]) == 0
+    assert "broken tiles: 1, first at ((0, 0), (1024, 1024))" in capsys.readouterr().out
 
 
 def test_inspect_says_where_a_volume_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

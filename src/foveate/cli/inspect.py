@@ -28,6 +28,12 @@ def run(words: list[str]) -> int:
     parser.add_argument("--patch-size", metavar="P", type=count, help="samples per leaf side (default: --min-size)")
     parser.add_argument("--detail", default="residual", help="what drives the splitting (default: residual)")
     parser.add_argument("--mpp", metavar="X", type=number, help="size of a pixel in um, instead of what the file says")
+    parser.add_argument(
+        "--broken",
+        choices=("raise", "fill"),
+        default="raise",
+        help="a tile that cannot be decoded: fail, or background",
+    )
     parser.add_argument("--out", metavar="PICTURE.png", type=Path, help="write the image with leaf outlines")
     parser.add_argument("--max-pixels", metavar="N", type=count, help="refuse images with more pixels than this")
     args, overrides = parser.parse_with_overrides(words)
@@ -50,11 +56,11 @@ def _inspect_data(path: Path, overrides: list[str]) -> int:
 
 
 def _inspect_image(args: argparse.Namespace) -> int:
-    from foveate.io.raster import ArrayRaster, describe, open_raster
+    from foveate.io.raster import ArrayRaster, broken_of, describe, open_raster
     from foveate.tasks.source import is_large
 
     most = {} if args.max_pixels is None else {"max_pixels": args.max_pixels}
-    raster = open_raster(args.image, mpp=args.mpp, **most)
+    raster = open_raster(args.image, mpp=args.mpp, broken=args.broken, **most)
     leaves, lines = (_cut_lazily if is_large(raster) else _cut)(raster, args)
     say(f"{args.image}: {raster.channels} x {' x '.join(map(str, raster.shape))} {raster.dtype}")
     if type(raster) is not ArrayRaster or args.mpp is not None:
@@ -66,6 +72,8 @@ def _inspect_image(args: argparse.Namespace) -> int:
             say(f"affine: {rows} (x, y, z to mm)")
     for line in lines:
         say(line)
+    if holes := broken_of(raster):
+        say(f"broken tiles: {len(holes)}, first at {holes[0]}")
     if args.out is not None:
         from foveate.tasks import figures
         from foveate.tasks.views import overview
