@@ -313,3 +313,19 @@ def test_values_that_the_disk_lost_are_computed_again(
     kept.write_bytes(kept.read_bytes()[:100])
     written = predict(model, slide, tmp_path, resume=True)
     assert written[0].read_bytes() == mask.read_bytes()
+
+
+@pytest.mark.parametrize("percent", [1, 10, 50, 90, 99])
+def test_a_truncated_slide_leaves_nothing_and_the_batch_goes_on(
+    percent: int, model: Path, slide: Path, mask: Path, tmp_path: Path
+) -> None:
+    data = slide.read_bytes()
+    short = tmp_path / "0.tif"
+    short.write_bytes(data[: len(data) * percent // 100])
+    lines: list[str] = []
+    with pytest.raises(FormatError, match=r"1 of 2 images have no mask .* 1 masks are in "):
+        predict(model, [short, slide], tmp_path / "out", warn=lines.append)
+    assert len(lines) == 1
+    assert lines[0].startswith(f"foveate: skipped {short}: truncated or corrupt TIFF")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.geojson.gz", "a.ome.tif"]
+    assert (tmp_path / "out/a.ome.tif").read_bytes() == mask.read_bytes()
