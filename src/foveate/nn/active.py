@@ -52,7 +52,8 @@ def active_levels(leaves: Sequence[Leaves], active: Int64[Tensor, " A"], sides: 
     Raises:
         ShapeError: ``active`` does not ascend, or leaves the pack.
 
-    Cost: follows the active leaves: time and 8 bytes per padded sample of theirs, at the finest level foremost.
+    Cost: follows the active leaves: time and 4 bytes per padded sample of theirs, at the finest level foremost; while
+    they are made, 4 bytes per sample of all leaves.
     """
     num_dims = leaves[0].num_dims
     total = sum(map(len, leaves))
