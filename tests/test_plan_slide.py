@@ -165,7 +165,7 @@ for name, number in (("small", 16), ("large", leaves)):
     else:
         before = peak()
         predict(folder / "model", large, folder / "large", format="ome.tif")
-print(peak() - before)
+print(before, peak())
 """
 
 
@@ -183,7 +183,8 @@ def test_law_the_plan_is_true_for_a_slide(tmp_path: Path, large: Path, leaves: i
     small = write_slide(tmp_path / "small.tif", 512, tile=256)
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _MEASURE, *map(str, (tmp_path, large, small, leaves))]
-    measured = int(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    program, measured = map(int, done.stdout.split())
     config = replace(create_config("apf_vit_tiny"), depth=2)
     projected = plan_slide(config, open_raster(large), max_leaves=leaves, min_size=16, rates=RATES).peak_bytes
-    assert measured <= projected <= 1.25 * measured
+    assert measured <= program + projected <= 1.25 * measured

@@ -37,6 +37,7 @@ _DENSE = 8  # leaves per cell that is read at a finer level
 _PRICED = 2**22  # pixels whose splits are priced at once
 _TILE = 512  # of the mask
 _BUFFERS = 2**22  # of the libraries
+_SLACK = 5  # one in so many bytes of activations is lost between blocks of the allocator and in attention's own buffers
 
 
 class BlankSlide:
@@ -270,7 +271,9 @@ def _steps(
         Step(
             "model",
             network.flops,
-            weights | {"patches": network.input_bytes, "activations": network.activation_bytes},
+            weights
+            | {"patches": network.input_bytes, "activations": network.activation_bytes}
+            | {"allocator": network.activation_bytes // _SLACK},
             attention / rates.attention + (network.flops - attention) / rates.product,
         ),
         Step("logits", 0, weights | {"patches": patches, "logits": 3 * logits}, 0.0),
