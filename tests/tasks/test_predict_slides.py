@@ -305,6 +305,17 @@ def test_resume_does_not_replace_what_it_did_not_begin(model: Path, slide: Path,
     assert (tmp_path / "a.ome.tif").stat().st_size > 100
 
 
+def test_resume_adds_the_pictures_that_a_finished_slide_has_not(model: Path, slide: Path, tmp_path: Path) -> None:
+    predict(model, slide, tmp_path, format="ome.tif")
+    before = (tmp_path / "a.ome.tif").stat()
+    (written,) = predict(model, slide, tmp_path, format="ome.tif", resume=True, overlay=True)
+    assert written == tmp_path / "a_overlay.png"
+    assert predict(model, slide, tmp_path, format="ome.tif", resume=True, overlay=True) == []
+    after = (tmp_path / "a.ome.tif").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "the mask is left alone"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ome.tif", "a_overlay.png"]
+
+
 def test_values_that_the_disk_lost_are_computed_again(
     model: Path, slide: Path, mask: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

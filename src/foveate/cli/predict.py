@@ -29,7 +29,11 @@ def run(words: list[str]) -> int:
         choices=("raise", "fill", "skip"),
         help="a tile that cannot be decoded: fail, read background, or 255 in the mask (default: as in training)",
     )
-    parser.add_argument("--resume", action="store_true", help="skip what is complete, go on with what was interrupted")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="skip what is complete (by name, whatever made it), go on with what was interrupted",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace masks that are there already")
     parser.add_argument("--max-pixels", metavar="N", type=count, help="refuse larger images where they are read whole")
     args = parser.parse(words)

@@ -1,7 +1,7 @@
 """What ``predict`` writes for an input, under which names, and which formats fit which kind of image."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from foveate.errors import ConfigError
@@ -137,3 +137,14 @@ def is_finished(file: Path, out: Path, formats: Sequence[str], extras: Sequence[
     """Say whether an input has all its outputs already; of formats that nobody chose, those of one kind."""
     kinds = [tuple(formats)] if formats else list(_DEFAULT.values())
     return any(all(goal.exists() for goal in targets(file, out, endings, extras).values()) for endings in kinds)
+
+
+def missing(goals: Mapping[str, Path], endings: Sequence[str]) -> dict[str, Path]:
+    """What to write when a prediction is resumed: where all masks are there, only what goes with them and is not.
+
+    Args:
+        goals: From `targets`.
+        endings: Formats of the masks among them.
+    """
+    absent = {ending: goal for ending, goal in goals.items() if not goal.exists()}
+    return dict(goals) if not absent or any(ending in absent for ending in endings) else absent

@@ -34,6 +34,7 @@ from foveate.tasks.outputs import (
     fitting,
     is_finished,
     kind_of,
+    missing,
     name_of,
     parse_formats,
     refuse_existing,
@@ -183,7 +184,8 @@ def predict(
         broken: What a tile that cannot be decoded does: ``raise``, ``fill``, or ``skip`` (255 in the mask). None: as
             in training.
         overwrite: Replace outputs that are there already.
-        resume: Leave alone what is complete, and go on with what was interrupted.
+        resume: Leave alone what is complete, by its name and whatever made it; add pictures and probabilities that were
+            not asked for then; and go on with what was interrupted, if model, settings and image are the same.
         max_pixels: Refuse larger images where they are read whole; None: as in training.
         warn: Called with one line per failed image; None writes it to standard error.
 
@@ -256,6 +258,8 @@ class _Job:
         refuse_own(file, goals.values())
         settings = asdict(self.config) | {"model": self.model_key, "mpp": item.mpp, "spacing": item.spacing}
         part = Part.open(self.out, name, file, settings, resume=self.resume)
+        if self.resume and not part.resumed:
+            goals = missing(goals, endings)
         try:
             if not (self.overwrite or part.resumed):
                 refuse_existing(goals.values())
