@@ -131,6 +131,9 @@ def test_a_model_that_prunes_is_trained_like_any_other(tmp_path: Path) -> None:
     for name in ("a", "b"):
         run = fit(tiny_config(write_discs(tmp_path / "data"), tmp_path / name, **changes)).folder
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        recalls = [line["boundary_recall"] for line in lines if "boundary_recall" in line]
+        assert recalls
+        assert all(0 <= recall <= 1 for recall in recalls)
         runs.append([line["score_loss"] for line in lines if "score_loss" in line])
     assert runs[0]
     assert runs[0] == runs[1], "the same seed draws the same budgets and the same noise"

@@ -5,13 +5,15 @@ Legend: T tokens of a pack, K classes (background first), P samples per side, B 
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from foveate.geometry.patches import Patches
 from foveate.nn.pruner import Pruning, Scores
 from foveate.tasks.settings import TrainConfig
 
@@ -99,3 +101,12 @@ def selection_recall(kept: Tensor, worth: Float[Tensor, " T"]) -> dict[str, floa
         name: float(chosen[wanted].float().mean())
         for name, wanted in (("boundary", worth == 1.0), ("foreground", worth > 0.0))
     }
+
+
+@torch.inference_mode()
+def kept_of(model: Any, patches: Patches) -> Int64[Tensor, " K"]:
+    """Positions of the tokens of one image that a model keeps to the end, as it would in evaluation."""
+    device = next(model.parameters()).device
+    parts = model.encoder(patches.to(device)).parts
+    rows: Tensor = parts[-1].rows.cpu()
+    return rows
