@@ -3,6 +3,7 @@ import pickle
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openslide
@@ -11,6 +12,7 @@ import tifffile
 from make_slides import Array, first, halved, picture, write_ome, write_plain, write_svs
 
 from foveate.errors import ConfigError, FormatError
+from foveate.io.pyramid import write_pyramid
 from foveate.io.raster import Raster, describe, open_raster
 from foveate.io.tiff import check_chain
 from foveate.io.tile_cache import TileCache
@@ -184,6 +186,38 @@ def test_broken_tiles(tmp_path: Path, kind: str) -> None:
         assert raster.broken == [((64, 64), (128, 128))]
     with pytest.raises(ConfigError, match="broken='ignore'; give 'raise', 'fill' or 'skip'"):
         open_raster(path, broken="ignore")
+
+
+@pytest.mark.parametrize("reduce", ["mean", "mode"])
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_broken_tiles_of_coarse_levels_are_made_from_finer_ones(tmp_path: Path, reduce: Any, ratio: int) -> None:
+    image = picture(333, 290).transpose(2, 0, 1)
+    image = image // 64 if reduce == "mode" else image
+    path = write_pyramid(
+        tmp_path / "a.tif",
+        lambda box: image[:, slice(box[0][0], box[1][0]), slice(box[0][1], box[1][1])],
+        shape=image.shape[1:], dtype=np.uint8, channels=3, tile=64, ratio=ratio, kind="tiff", reduce=reduce, rgb=True,
+    )  # fmt: skip
+    want: Any = "values" if reduce == "mode" else "shown"
+    area = ((0, 0), image.shape[1:])
+    sound = open_raster(path, want=want)
+    levels = range(1, len(sound.levels))
+    expected = {level: sound.read(area, level) for level in levels}
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        for page in file.pages[1:]:  # everything but level 0
+            for at, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+                data[at : at + count] = b"\x99" * count
+    path.write_bytes(data)
+    raster = open_raster(path, broken="skip", want=want)
+    for level in levels:
+        seen = raster.read(area, level)
+        if reduce == "mean":
+            assert (seen == expected[level]).mean() > 0.99, "the same means as the writer's"
+        else:
+            assert set(np.unique(seen)) <= set(np.unique(image)), "labels are never blended"
+    assert raster.broken == []
+    assert len(raster.mended) == sum(-(-high // 64) * -(-wide // 64) for high, wide in raster.levels[1:])
 
 
 @pytest.mark.parametrize("kind", ["svs", "plain", "ome"])

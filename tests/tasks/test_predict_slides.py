@@ -234,10 +234,13 @@ def test_broken_tiles_are_reported_and_skipped(broken: str, model: Path, slide: 
     assert list((tmp_path / "out").iterdir()) == []
     lines.clear()
     written = predict(model, copy, tmp_path / "out", broken=broken, format="ome.tif", warn=lines.append)
-    assert len(lines) == 1
-    assert "broken tiles were" in lines[0]
-    corner = tifffile.imread(written[0])[:256, :256]
-    assert ((corner == 255).all()) == (broken == "skip")
+    assert len(lines) == 2
+    assert "broken tiles of coarser levels were made from finer ones, first [((0, 0), " in lines[0]
+    assert "1 broken tiles were" in lines[1]
+    unknown = tifffile.imread(written[0]) == 255
+    assert unknown[:256, :256].all() == (broken == "skip")
+    assert not unknown[256:].any(), "one bad tile of the top level is no bad slide"
+    assert not unknown[:, 256:].any()
 
 
 def test_a_budget_of_leaves_holds_for_this_prediction(

@@ -56,7 +56,7 @@ def _inspect_data(path: Path, overrides: list[str]) -> int:
 
 
 def _inspect_image(args: argparse.Namespace) -> int:
-    from foveate.io.raster import ArrayRaster, broken_of, describe, open_raster
+    from foveate.io.raster import ArrayRaster, broken_of, describe, mended_of, open_raster
     from foveate.tasks.source import is_large
 
     most = {} if args.max_pixels is None else {"max_pixels": args.max_pixels}
@@ -74,6 +74,8 @@ def _inspect_image(args: argparse.Namespace) -> int:
         say(line)
     if holes := broken_of(raster):
         say(f"broken tiles: {len(holes)}, first at {holes[0]}")
+    if mended := mended_of(raster):
+        say(f"broken tiles of coarser levels, made from finer ones: {len(mended)}, first at {mended[0]}")
     if args.out is not None:
         from foveate.tasks import figures
         from foveate.tasks.views import overview

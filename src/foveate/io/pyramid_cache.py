@@ -28,6 +28,7 @@ from foveate.io.raster import (
     check_window,
     fill_window,
     is_held,
+    mended_of,
     open_raster,
     stored_window,
 )
@@ -110,8 +111,13 @@ class LeveledRaster:
 
     @property
     def broken(self) -> list[Box]:
-        """Boxes in level-0 pixels of the tiles of the slide that could not be decoded so far, in this process."""
+        """Boxes of the tiles of the slide's level 0 that could not be decoded so far, in this process."""
         return broken_of(self._raster)
+
+    @property
+    def mended(self) -> list[Box]:
+        """Boxes in level-0 pixels of the broken tiles of its coarser levels that were made from finer ones."""
+        return mended_of(self._raster)
 
     def tile_shape(self, level: int = 0) -> tuple[int, ...]:
         """Storage tile of a level in its own pixels."""

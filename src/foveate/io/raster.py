@@ -183,7 +183,8 @@ def open_raster(
         spacing: The same in mm along each spatial axis; give one of the two.
         max_pixels: Most pixels that an image read at once may declare; what is read by tile has no such limit.
         broken: What a tile that cannot be decoded does: ``"raise"`` a FormatError; ``"fill"`` and ``"skip"`` read
-            background and list its box in the raster's ``broken`` (what is skipped is then trained on by nobody).
+            background and list its box in the raster's ``broken`` (what is skipped is then trained on by nobody). A
+            tile of a coarser level is made from finer ones, and its box is in ``mended``.
         cache: Where decoded tiles are kept; None is one of 64 MiB that all rasters of a process share.
         want: What the numbers of an ordinary image or TIFF shall be, as in ``foveate.io.guard.Want``; label masks
             ask for ``"values"``.
@@ -220,8 +221,13 @@ def about_of(raster: Source) -> About:
 
 
 def broken_of(raster: Source | None) -> list[Box]:
-    """Boxes in level-0 pixels of the tiles that could not be decoded so far; none of what knows no such tiles."""
+    """Boxes of the tiles of level 0 that could not be decoded so far; none of what knows no such tiles."""
     return list(getattr(raster, "broken", ()))
+
+
+def mended_of(raster: Source | None) -> list[Box]:
+    """Boxes in level-0 pixels of broken tiles of coarser levels, which were made from finer ones so far."""
+    return list(getattr(raster, "mended", ()))
 
 
 def describe(raster: Raster) -> list[str]:

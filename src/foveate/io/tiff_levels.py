@@ -71,6 +71,7 @@ class TiffRaster(TiledRaster):
         )
         super().__init__(path, facts, broken=broken, cache=cache)
         self._want: Want = want
+        self._labels = want == "values"
         self._layout: TiffLayout | None = layout
         if broken == "raise":
             if layout.end > stamp[1]:

@@ -21,6 +21,8 @@ from foveate.io.tile_cache import SHARED, Stamp, TileCache
 Array = NDArray[Any]
 Broken = Literal["raise", "fill", "skip"]
 
+_BLOCK = 2048  # pixels of a finer level along each axis that are held to make a broken tile
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -46,7 +48,8 @@ class TiledRaster:
         path: The file.
         facts: What its header says.
         broken: What a tile that cannot be decoded does: ``"raise"`` a FormatError, or ``"fill"`` and ``"skip"``
-            with the background, in which case ``broken`` lists its box.
+            with the background, in which case ``broken`` lists its box. A tile of a coarser level is then made from
+            the level below, and ``mended`` lists its box: nothing is lost but what level 0 has lost.
         cache: Where decoded tiles are kept; None is one of 64 MiB that all rasters of a process share.
     """
 
@@ -57,6 +60,7 @@ class TiledRaster:
         self._facts = facts
         self._cache = cache
         self._broken: dict[tuple[int, int, int], Box] = {}
+        self._labels = False  # no means of them
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,8 +107,13 @@ class TiledRaster:
 
     @property
     def broken(self) -> list[Box]:
-        """Boxes in level-0 pixels of the tiles that could not be decoded so far, in this process."""
-        return list(self._broken.values())
+        """Boxes of the tiles of level 0 that could not be decoded so far, in this process."""
+        return [box for (level, _, _), box in self._broken.items() if level == 0]
+
+    @property
+    def mended(self) -> list[Box]:
+        """Boxes in level-0 pixels of the tiles of coarser levels that could not, and were made from finer ones."""
+        return [box for (level, _, _), box in self._broken.items() if level > 0]
 
     def tile_shape(self, level: int = 0) -> tuple[int, ...]:
         """Storage tile of a level in its own pixels."""
@@ -122,7 +131,12 @@ class TiledRaster:
             not put there: what is read tile by tile is read once.
         """
         window = check_window(box, self.shape, level, self.downsamples)
-        (top, left), (bottom, right) = stored_window(window, self.levels[level])
+        part = self._stored(level, stored_window(window, self.levels[level]))
+        return fill_window(part.transpose(2, 0, 1), window)
+
+    def _stored(self, level: int, window: Box) -> Array:
+        """Pixels ``[*B, C]`` of a window inside a level, in its own pixels."""
+        (top, left), (bottom, right) = window
         (high, wide), (full_high, full_wide) = self._facts.tiles[level], self.levels[level]
         out = np.empty((bottom - top, right - left, self.channels), self.dtype)
         for row in range(top // high, -(-bottom // high)):
@@ -138,13 +152,13 @@ class TiledRaster:
                     else tile[y - row * high : y_stop - row * high, x - column * wide : x_stop - column * wide]
                 )
                 out[y - top : y_stop - top, x - left : x_stop - left] = part
-        return fill_window(out.transpose(2, 0, 1), window)
+        return out
 
     def _tile(self, level: int, row: int, column: int, *, keep: bool) -> Array | None:
         """Pixels ``[T, T, C]``, at the lower and right edge at least those of the level; None is background."""
         place = (level, row, column)
         if place in self._broken:
-            return None
+            return self._mend(*place)
         cache = SHARED if self._cache is None else self._cache
         key = (str(self.path), self._facts.stamp, self._variant(), place)
         tile = cache.get(key)
@@ -156,6 +170,7 @@ class TiledRaster:
             raise  # the file as a whole
         except DECODER_ERRORS as error:
             self._give_up(place, error)
+            return self._mend(*place)
         if tile is not None and keep:
             cache.put(key, tile)
         return tile
@@ -173,6 +188,40 @@ class TiledRaster:
         start = tuple(int(at * side * step) for at, side, step, _ in pairs)
         stop = tuple(min(-int(-(at + 1) * side * step // 1), full) for at, side, step, full in pairs)
         self._broken[place] = (start, stop)
+
+    def _mend(self, level: int, row: int, column: int) -> Array | None:
+        """What a broken tile of a coarser level must have held, by the level below; None at level 0: nobody knows.
+
+        Not kept: what is lost below it must be known to every raster that reads it.
+        """
+        if level == 0:
+            return None
+        (high, wide), (height, width) = self.tile_shape(level), self.levels[level]
+        tile = np.empty((min(high, height - row * high), min(wide, width - column * wide), self.channels), self.dtype)
+        steps = [a / b for a, b in zip(self.downsamples[level], self.downsamples[level - 1], strict=True)]
+        block = max(1, int(_BLOCK / max(steps)))
+        for y in range(0, tile.shape[0], block):
+            for x in range(0, tile.shape[1], block):
+                part = tile[y : y + block, x : x + block]
+                self._reduce(part, level - 1, (row * high + y, column * wide + x), steps)
+        return tile
+
+    def _reduce(self, out: Array, level: int, corner: tuple[int, int], steps: list[float]) -> None:
+        """Fills ``[h, w, C]`` from a finer level: means where whole pixels go into one, labels by centres."""
+        from foveate.io.pyramid_tiles import shrink
+
+        start, stop = (
+            tuple(int(at * step + 1e-6) for at, step in zip(place, steps, strict=True))
+            for place in (corner, (corner[0] + out.shape[0], corner[1] + out.shape[1]))
+        )
+        fine = self._stored(level, stored_window((start, stop), self.levels[level])).transpose(2, 0, 1)
+        ratio = 1 if self._labels else 2 ** int(np.log2(max(1.0, min(steps)) + 1e-6))
+        fine = np.asarray(shrink(fine, ratio, "mean")) if ratio > 1 else fine
+        rows, columns = (
+            np.minimum(((np.arange(size) + 0.5) * step / ratio).astype(np.int64), have - 1)
+            for size, step, have in zip(out.shape[:2], steps, fine.shape[1:], strict=True)
+        )
+        out[:] = fine[:, rows[:, None], columns].transpose(1, 2, 0)
 
     def _variant(self) -> str:
         """What distinguishes this raster's tiles from another's of the same file."""

@@ -19,7 +19,7 @@ from foveate.geometry.image import Real
 from foveate.geometry.leaves import Leaves
 from foveate.geometry.patches import Patches, patchify
 from foveate.geometry.source import Box
-from foveate.io.raster import Raster, broken_of
+from foveate.io.raster import Raster, broken_of, mended_of
 from foveate.tasks.config import FitConfig, TreeConfig, load_config
 from foveate.tasks.cut import cut
 from foveate.tasks.export import write_outputs
@@ -304,6 +304,9 @@ class _Job:
     def _values(self, item: Item, native: Raster) -> tuple[Tensor, Leaves, list[Box]]:
         """What the model says of every leaf, and what could not be decoded; the patches are gone when it is known."""
         patches = self._patches(item, native)
+        if mended := mended_of(native):
+            what = f"{len(mended)} broken tiles of coarser levels were made from finer ones"
+            self.warn(f"foveate: {item.image}: {what}, first {mended[:3]}")
         return logits_of(self.model, patches), patches.leaves[0], broken_of(native)
 
     def _patches(self, item: Item, native: Raster) -> Patches:
