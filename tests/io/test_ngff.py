@@ -15,7 +15,7 @@ from make_files import texture
 
 from foveate.errors import FormatError, ShapeError
 from foveate.io.ngff import is_zarr, open_zarr, write_labels_zarr
-from foveate.io.raster import Raster, describe
+from foveate.io.raster import Raster, describe, open_raster
 
 
 def save(
@@ -302,3 +302,12 @@ def test_existing_folders_are_not_replaced_unasked(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("")
     with pytest.raises(FormatError, match="is a file; give the name of a folder"):
         write_labels_zarr(tmp_path / "b", labels, overwrite=True)
+
+
+def test_what_is_read_whole_has_a_limit(tmp_path: Path) -> None:
+    path = save(tmp_path / "a", [texture(40, 50)], "yx")
+    assert open_raster(path, max_pixels=2000).shape == (40, 50)
+    with pytest.raises(FormatError, match=r"40 x 50 pixels of 1 channel, above the limit of 1999 pixels; .*max_pixels"):
+        open_raster(path, max_pixels=1999)
+    levels = save(tmp_path / "b", [texture(40, 50), texture(20, 25)], "yx")
+    assert open_raster(levels, max_pixels=1999).shape == (40, 50)

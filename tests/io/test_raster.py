@@ -138,8 +138,9 @@ def test_volumes_and_zarr_go_to_their_readers(tmp_path: Path, monkeypatch) -> No
     volume = {"spacing": None, "max_pixels": DEFAULT_MAX_PIXELS}
     (tmp_path / "h").write_bytes(b"PK\x03\x04" + bytes(400))
     open_raster(tmp_path / "h")
-    assert seen.pop() == ("h", {"spacing": None})
+    assert seen.pop() == ("h", volume)
     assert seen[:4] == [(name, {**volume, "max_pixels": 7}) for name in "abcd"]
-    assert seen[4:] == [("e", volume), ("f", {"spacing": (1e-3, 1e-3)}), ("g", {"spacing": (1e-3, 1e-3)})]
+    given = {**volume, "spacing": (1e-3, 1e-3)}
+    assert seen[4:] == [("e", volume), ("f", given), ("g", given)]
     with pytest.raises(ConfigError, match=r"mpp=0\.5 for a volume; give spacing in mm along each axis"):
         open_raster(tmp_path / "a", mpp=0.5)

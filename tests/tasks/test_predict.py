@@ -14,7 +14,7 @@ from foveate.tasks.data import SegmentationData
 from foveate.tasks.inputs import find_inputs
 from foveate.tasks.items import Item
 from foveate.tasks.metrics import tiles
-from foveate.tasks.outputs import name_of
+from foveate.tasks.outputs import name_of, refuse_kinds
 from foveate.tasks.painting import Painting
 from foveate.tasks.predict import load_model, predict, segment
 from foveate.tasks.segmentation import fit
@@ -147,6 +147,41 @@ def test_max_side_is_undone(tmp_path: Path) -> None:
     fit(tiny_config(data, tmp_path / "run", data=settings, train={"epochs": 1}))
     (mask,) = predict(tmp_path / "run", data / "images" / "00.png", tmp_path / "out")
     assert np.asarray(Image.open(mask)).shape == (64, 64)
+
+
+def test_what_cannot_work_is_refused_at_the_door(run: Path, tmp_path: Path) -> None:
+    write_discs(tmp_path, 2)
+    images, out = tmp_path / "images", tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"^mpp=1000\.0; give um per pixel, 0\.01 to 100$"):
+        predict(run, images, out, mpp=1000.0)
+    assert not out.exists()
+    out.write_text("mine")
+    with pytest.raises(ConfigError, match=r"--out .*out is a file, and masks go into a folder; give another --out"):
+        predict(run, images, out)
+    with pytest.raises(FormatError, match=r"out.deeper: cannot be written"):
+        predict(run, images, out / "deeper")
+    assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["00.ome.tif", "00.png"])
+def test_no_folder_is_replaced_by_a_mask(name: str, run: Path, tmp_path: Path) -> None:
+    write_discs(tmp_path, 1)
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / name / "mine").touch()
+    with pytest.raises(ConfigError, match=rf"{name} is a folder and is not replaced; move it, or give another --out"):
+        predict(run, tmp_path / "images", tmp_path / "out", format=name[3:], overwrite=True)
+    if name == "00.png":  # the format that nobody asked for
+        with pytest.raises(FormatError, match="is a folder and is not replaced"):
+            predict(run, tmp_path / "images", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / name / "mine").exists()
+
+
+def test_only_zarr_is_replaced_by_zarr(tmp_path: Path) -> None:
+    (tmp_path / "a.zarr").mkdir()
+    with pytest.raises(ConfigError, match=r"a\.zarr is no zarr folder and is not replaced"):
+        refuse_kinds([tmp_path / "a.zarr"])
+    (tmp_path / "a.zarr/zarr.json").touch()
+    refuse_kinds([tmp_path / "a.zarr", tmp_path / "a.png"])
 
 
 def test_budgets_that_make_no_sense_are_refused(run: Path, tmp_path: Path) -> None:

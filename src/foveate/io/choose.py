@@ -34,7 +34,7 @@ def open_by_content(
     if head[:4] == _ZIP or (path.is_dir() and any((path / name).exists() for name in _ZARR)):
         from foveate.io.ngff import open_zarr
 
-        return open_zarr(path, spacing=given)
+        return open_zarr(path, spacing=given, max_pixels=max_pixels)
     vendor = None if path.is_dir() else _vendor(path, head)
     if vendor is None and (path.is_dir() or _is_volume(head)):
         if mpp is not None:

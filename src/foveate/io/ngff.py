@@ -18,10 +18,18 @@ from numpy.typing import NDArray
 
 from foveate.errors import FoveateError, ShapeError
 from foveate.geometry.source import Box, exact_downsample
-from foveate.io.guard import DECODER_ERRORS, DEFAULT_MAX_PIXELS, bad_file, check_values, one_line, undecodable
+from foveate.io.guard import (
+    DECODER_ERRORS,
+    DEFAULT_MAX_PIXELS,
+    bad_file,
+    check_size,
+    check_values,
+    one_line,
+    undecodable,
+)
 from foveate.io.image import MOST_CHANNELS
 from foveate.io.ngff_write import write_labels_zarr as write_labels_zarr
-from foveate.io.raster import About, check_window, fill_window, stored_window
+from foveate.io.raster import About, check_window, fill_window, fits_whole, is_held, stored_window
 from foveate.io.spacing import mpp_of
 
 Array = NDArray[Any]
@@ -200,7 +208,9 @@ def is_zarr(path: str | Path) -> bool:
         return False
 
 
-def open_zarr(path: str | Path, *, spacing: tuple[float, ...] | None = None) -> ZarrRaster:
+def open_zarr(
+    path: str | Path, *, spacing: tuple[float, ...] | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> ZarrRaster:
     """Opens an OME-NGFF image of version 0.4 (zarr v2) or 0.5 (zarr v3), or a plain zarr array, as a raster.
 
     Axes are those of the metadata, or the array's ``dimension_names``; without both, those of an NPY of that shape
@@ -209,12 +219,17 @@ def open_zarr(path: str | Path, *, spacing: tuple[float, ...] | None = None) -> 
     Args:
         path: The folder, or a ``.zip`` of its contents.
         spacing: Size of a level-0 pixel in mm along each spatial axis, instead of what the metadata say.
+        max_pixels: Most pixels of an array that is read whole: one without levels that is small or a single chunk.
 
     Raises:
-        FormatError: no zarr, corrupt metadata, several time points, a type that is no number, or chunks too large.
+        FormatError: no zarr, corrupt metadata, several time points, a type that is no number, chunks too large, or more
+            pixels than ``max_pixels``.
         ShapeError: ``spacing`` does not fit the number of axes.
     """
-    return ZarrRaster(Path(path), spacing)
+    raster = ZarrRaster(Path(path), spacing)
+    if len(raster.levels) == 1 and (fits_whole(raster.shape) or is_held(raster)):
+        check_size(raster.path, raster.shape, raster.channels, max_pixels)
+    return raster
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from foveate.errors import ConfigError
+from foveate.io.ngff import is_zarr
 from foveate.io.raster import ArrayRaster, Raster
 from foveate.tasks.items import stem_of
 from foveate.tasks.source import is_large
@@ -98,6 +99,15 @@ def refuse_own(file: Path, goals: Iterable[Path]) -> None:
         raise ConfigError(f"{file} would be overwritten by its own mask; give another --out")
 
 
+def refuse_kinds(goals: Iterable[Path]) -> None:
+    """Raise ConfigError when a folder is where a file shall be, or what is no zarr where a zarr shall be."""
+    for goal in goals:
+        if goal.suffix == ".zarr" and goal.exists() and not (goal.is_dir() and is_zarr(goal)):
+            raise ConfigError(f"{goal} is no zarr folder and is not replaced; move it, or give another --out")
+        if goal.suffix != ".zarr" and goal.is_dir():
+            raise ConfigError(f"{goal} is a folder and is not replaced; move it, or give another --out")
+
+
 def refuse_existing(goals: Iterable[Path]) -> None:
     """Raise ConfigError when an output is there already."""
     there = next((goal for goal in goals if goal.exists()), None)
@@ -118,8 +128,10 @@ def check_targets(
         replace: Outputs that exist may be replaced, or were made before.
 
     Raises:
-        ConfigError: Two inputs have one name, an input would be overwritten, or an output exists.
+        ConfigError: Two inputs have one name, an input would be overwritten, an output exists, or ``out`` is a file.
     """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file, and masks go into a folder; give another --out")
     endings = formats or tuple(dict.fromkeys(ending for own in _DEFAULT.values() for ending in own))
     seen: dict[str, Path] = {}
     for file in files:
@@ -129,6 +141,7 @@ def check_targets(
         goals = list(targets(file, out, endings, extras).values())
         if formats:
             refuse_own(file, goals)
+            refuse_kinds(goals)
         if not replace:
             refuse_existing(goal for goal in goals if goal.resolve() != file.resolve())
 

@@ -20,6 +20,8 @@ from foveate.geometry.leaves import Leaves
 from foveate.geometry.patches import Patches, patchify
 from foveate.geometry.source import Box
 from foveate.io.raster import Raster, broken_of, mended_of
+from foveate.io.spacing import check_mpp
+from foveate.io.write import unwritable
 from foveate.tasks.config import FitConfig, TreeConfig, load_config
 from foveate.tasks.cut import cut
 from foveate.tasks.export import write_outputs
@@ -38,6 +40,7 @@ from foveate.tasks.outputs import (
     name_of,
     parse_formats,
     refuse_existing,
+    refuse_kinds,
     refuse_own,
     targets,
 )
@@ -194,13 +197,15 @@ def predict(
 
     Raises:
         FormatError: At least one image failed; all others are written. Or there is no model.
-        ConfigError: There is no input, two inputs have one name, a mask exists already, or ``max_leaves`` is below 1 or
-            given for a model of uniform leaves.
+        ConfigError: There is no input, two inputs have one name, a mask exists or cannot be replaced, ``out`` is a
+            file, ``mpp`` is no size of a pixel, or ``max_leaves`` is below 1 or given for a model of uniform leaves.
 
     Cost: of a slide, time for the pixels that the leaves need, for the model, and for the borders that are painted;
         memory for the logits of the leaves and a few rows of tiles.
     """
     formats = parse_formats(format)
+    if mpp is not None:
+        check_mpp(mpp)
     items = find_inputs([inputs] if isinstance(inputs, str | Path) else inputs)
     asked = {PROBABILITY: probability, OVERLAY: overlay, HEATMAP: heatmap}
     extras = tuple(ending for ending, wanted in asked.items() if wanted)
@@ -211,7 +216,10 @@ def predict(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     data = replace(config.data, masks=None, cache=0, **changes)
     config = replace(config, data=data, tree=_with_budget(config.tree, max_leaves))
-    Path(out).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(Path(out), error) from None
     job = _Job(network, config, digest_of(folder), Path(out), formats, extras, overwrite, resume, warn or _to_stderr)
     written: list[Path] = []
     failed: list[str] = []
@@ -256,6 +264,7 @@ class _Job:
         endings = fitting(self.formats, kind, str(file))
         goals = targets(file, self.out, endings, self.extras)
         refuse_own(file, goals.values())
+        refuse_kinds(goals.values())
         settings = asdict(self.config) | {"model": self.model_key, "mpp": item.mpp, "spacing": item.spacing}
         part = Part.open(self.out, name, file, settings, resume=self.resume)
         if self.resume and not part.resumed:
