@@ -7,9 +7,19 @@ import pytest
 
 from foveate.errors import ShapeError
 from foveate.geometry.leaves import uniform_leaves
+from foveate.io.write import label_palette
 from foveate.tasks import figures
 
 RNG = np.random.default_rng(0)
+
+
+def test_a_class_has_one_colour_in_masks_outlines_and_pictures() -> None:
+    assert tuple(label_palette()[:12]) == (0, 0, 0, *figures.ORANGE, *figures.SKY, *figures.GREEN)
+    for value in (1, 7, 8, 19, 20, 254):
+        labels = np.zeros((3, 3), np.uint8)
+        labels[1, 1] = value  # a region of one pixel is all outline, so its colour is pure
+        shown = figures.label_overlay(np.full((3, 3, 3), 200, np.uint8), labels)
+        assert shown[1, 1].tolist() == list(label_palette()[3 * value : 3 * value + 3])
 
 
 def test_to_rgb_keeps_bytes() -> None:

@@ -85,6 +85,7 @@ def test_a_slide_becomes_a_pyramid_and_polygons_that_others_read(model: Path, sl
         assert file.is_ome
         assert len(file.series[0].levels) > 1
         assert 'PhysicalSizeX="0.5"' in str(file.ome_metadata)
+        assert "<Description>0 background, 1 tissue, 2 tumour</Description>" in str(file.ome_metadata)
     with openslide.OpenSlide(written[2]) as plain:
         assert plain.dimensions == (SIDE, SIDE)
         assert float(plain.properties["openslide.mpp-x"]) == pytest.approx(0.5, rel=1e-3)

@@ -69,7 +69,7 @@ def write_pyramid(
         reduce: how coarser levels come about, "mode" for labels, "mean" for images, see `Layout`.
         rgb: three channels are colours and stored as such; by default if they are averaged integers.
         names: of the channels, kept by OME-TIFF.
-        description: text of the first page of a plain TIFF.
+        description: text that goes with the image; of a plain TIFF, ASCII.
         overwrite: True replaces an existing file.
         spool: a folder for the finished rows of tiles. If the run is killed, the same call with the same folder asks
             only for the rows that are missing, and writes the same file. It is removed in the end.
@@ -211,7 +211,7 @@ def _assemble(
     planes = 1 if layout.interleaved else layout.channels
     separate = "separate" if planes > 1 and kind == "tiff" else None
     jpeg = layout.compression == "jpeg"
-    metadata = _ome(layout, spacing, names, spool.digest()) if kind == "ome" else None
+    metadata = _ome(layout, spacing, names, description, spool.digest()) if kind == "ome" else None
     with tifffile.TiffWriter(file, bigtiff=spool.size() > 2**32 - 2**27, byteorder="<", ome=kind == "ome") as tiff:
         for level in range(layout.levels):
             shape: tuple[int, ...] = layout.side(level)
@@ -239,10 +239,13 @@ def _per_cm(spacing: Sequence[Real] | None, downsample: int) -> tuple[float, flo
     return None if spacing is None else (10 / (spacing[1] * downsample), 10 / (spacing[0] * downsample))
 
 
-def _ome(layout: Layout, spacing: Sequence[Real] | None, names: Sequence[str], digest: str) -> dict[str, Any]:
+def _ome(
+    layout: Layout, spacing: Sequence[Real] | None, names: Sequence[str], description: str | None, digest: str
+) -> dict[str, Any]:
     """What OME-XML says of the image; its UUID follows from the tiles, so that equal tiles give equal files."""
     axes = "YXS" if layout.interleaved else "CYX" if layout.channels > 1 else "YX"
     metadata: dict[str, Any] = {"axes": axes, "UUID": str(uuid5(NAMESPACE_OID, digest))}
     for axis, size in zip("YX", spacing or (), strict=False):
         metadata |= {f"PhysicalSize{axis}": size * 1000, f"PhysicalSize{axis}Unit": "µm"}
+    metadata |= {"Description": description} if description else {}
     return metadata | ({"Channel": {"Name": list(names)}} if names else {})

@@ -31,10 +31,10 @@ _REMEDY = {
     errno.ENOTDIR: "create the folder first",
 }
 _WHILE_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what else a block raises is its own affair
-# Black for background, then 19 colours far apart, which repeat.
+# Black for background, then 19 colours, which repeat; the first are those of Okabe and Ito, safe for the colour-blind.
 _PALETTE = bytes.fromhex(
-    "000000 e6194b 3cb44b ffe119 4363d8 f58231 911eb4 46f0f0 f032e6 bcf60c "
-    "fabebe 008080 e6beff 9a6324 fffac8 800000 aaffc3 808000 ffd8b1 000075"
+    "000000 e69f00 56b4e9 009e73 f0e442 cc79a7 0072b2 d55e00 911eb4 46f0f0 "
+    "e6194b bcf60c 9a6324 fabebe 000075 aaffc3 800000 e6beff 808000 f032e6"
 )
 
 
@@ -243,7 +243,7 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 
 def label_palette() -> bytes:
-    """256 colours for labels; the last is white, which means ignore."""
+    """256 colours for labels, in masks, outlines and pictures alike; the last is white, which means ignore."""
     return (_PALETTE[:3] + _PALETTE[3:] * 14)[: 255 * 3] + b"\xff\xff\xff"
 
 

@@ -48,7 +48,7 @@ def write_outputs(
             else:
                 _write_chances_whole(painting, path, native)
         elif len(painting.shape) == 2 and (ending == "ome.tif" or (ending == "tif" and pyramids)):
-            _write_pyramid(painting, part, goal, "ome" if ending == "ome.tif" else "tiff", outlines)
+            _write_pyramid(painting, part, goal, names if ending == "ome.tif" else None, outlines)
         elif outlines and ending.startswith("geojson"):
             _write_geojson(outlines, path, painting, names)
         else:
@@ -78,7 +78,10 @@ class _Outlines:
         return self._tracer.finish()
 
 
-def _write_pyramid(painting: Painting, part: Part, goal: Path, kind: Any, outlines: _Outlines | None) -> None:
+def _write_pyramid(
+    painting: Painting, part: Part, goal: Path, names: Sequence[str] | None, outlines: _Outlines | None
+) -> None:
+    """Labels as a pyramid; OME-TIFF, which says what they mean, where there are names."""
     from foveate.io.pyramid import write_pyramid
 
     def tile(box: Box) -> Any:
@@ -94,8 +97,9 @@ def _write_pyramid(painting: Painting, part: Part, goal: Path, kind: Any, outlin
         dtype=np.uint8,
         tile=TILE,
         spacing=painting.spacing,
-        kind=kind,
+        kind="tiff" if names is None else "ome",
         reduce="mode",
+        description=None if names is None else ", ".join(f"{label} {name}" for label, name in enumerate(names)),
         spool=part.spool(goal),
     )
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from foveate.errors import ShapeError
 from foveate.geometry.leaves import Leaves
+from foveate.io.write import label_palette
 
 ORANGE, SKY, GREEN = (230, 159, 0), (86, 180, 233), (0, 158, 115)
 YELLOW, BLUE, VERMILLION, PURPLE = (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)
-CLASS_COLOURS = (ORANGE, SKY, GREEN, YELLOW, PURPLE, BLUE, VERMILLION)
 HIT, FALSE_ALARM, MISS = GREEN, VERMILLION, SKY
 IGNORE = 255
 _SMALL = 2**22
@@ -145,9 +145,11 @@ def outline(region: NDArray[np.bool_], width: int = 1) -> NDArray[np.bool_]:
 def label_overlay(picture: Picture, labels: Integer[np.ndarray, "H W"], *, alpha: float = 0.6) -> Picture:
     """Colour every class but the background over a greyed picture; the outline is solid, ignored pixels are dark."""
     out = _greyed(picture)
+    palette = label_palette()
     for value in range(1, int(labels.max(initial=0, where=labels != IGNORE)) + 1):
         region = labels == value
-        colour = CLASS_COLOURS[(value - 1) % len(CLASS_COLOURS)]
+        red, green, blue = palette[3 * value : 3 * value + 3]
+        colour = red, green, blue
         out = painted(painted(out, region, colour, alpha), outline(region), colour)
     return painted(out, labels == IGNORE, (30, 30, 30), 0.8)
 
