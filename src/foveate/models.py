@@ -306,7 +306,7 @@ class SegmentationModel(nn.Module):
         """
         path = Path(folder) / CONFIG_FILE
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
             kind = values.pop("model", None)
         except (OSError, ValueError, AttributeError) as error:
             raise FormatError(f"{path}: cannot be read ({error}); give a folder that save_pretrained wrote") from None

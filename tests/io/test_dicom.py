@@ -1,5 +1,6 @@
 """DICOM series, written with ITK, read whole or refused."""
 
+import locale
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -61,7 +62,9 @@ def refused(path: Path, **options) -> str:
 
 def test_series_is_read_with_its_place(tmp_path: Path, array: np.ndarray) -> None:
     folder = save(tmp_path / "series", array)
+    words = locale.setlocale(locale.LC_ALL)
     volume = open_volume(folder)
+    assert locale.setlocale(locale.LC_ALL) == words, "ITK leaves the process with the locale of C"
     assert np.array_equal(volume.read(((0, 0, 0), volume.shape))[0], array)
     assert np.allclose(volume.spacing, SPACING[::-1])
     assert volume.orientation == "LPS"

@@ -41,7 +41,7 @@ def test_report_is_self_contained() -> None:
 def test_report_is_written_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.html"
     make_report().save(path)
-    assert path.read_text().startswith("<!doctype html>")
+    assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert [item.name for item in path.parent.iterdir()] == ["report.html"]
 
 

@@ -1,5 +1,6 @@
 """DICOM series through SimpleITK (an extra): one series, whole, evenly spaced, or a refusal that says why."""
 
+import locale
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,13 +84,14 @@ def _sitk() -> Any:
 
 @contextmanager
 def _quiet(sitk: Any) -> Iterator[None]:
-    """Keeps ITK's warnings off the terminal; what they warn of is checked here."""
-    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    """Keeps ITK's warnings to itself, and its choice of locale: it leaves the process with that of C."""
+    shown, words = sitk.ProcessObject.GetGlobalWarningDisplay(), locale.setlocale(locale.LC_ALL)
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
         yield
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+        locale.setlocale(locale.LC_ALL, words)
 
 
 def _has_magic(path: Path) -> bool:

@@ -203,7 +203,7 @@ def write_data(folder: Path, size: DemoSize) -> None:
 
     write_dataset(folder, sum(size.splits), size.side, seed=1)
     names = [split for split, number in zip(("train", "val", "test"), size.splits, strict=True) for _ in range(number)]
-    with (folder / "manifest.csv").open("w", newline="") as file:
+    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "mask", "split"])
         writer.writerows([f"images/{i:03d}.png", f"masks/{i:03d}.png", split] for i, split in enumerate(names))
