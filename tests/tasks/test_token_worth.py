@@ -12,6 +12,7 @@ from torch import Tensor
 import foveate as fv
 from foveate.errors import ConfigError
 from foveate.nn.pruner import Pruning, Scores
+from foveate.tasks.config import load_config
 from foveate.tasks.pruning import draw_pruning, score_loss, selection_recall, token_worth
 from foveate.tasks.segmentation import fit
 from foveate.tasks.settings import TrainConfig
@@ -137,3 +138,10 @@ def test_a_model_that_prunes_is_trained_like_any_other(tmp_path: Path) -> None:
         runs.append([line["score_loss"] for line in lines if "score_loss" in line])
     assert runs[0]
     assert runs[0] == runs[1], "the same seed draws the same budgets and the same noise"
+
+
+def test_the_example_that_prunes_is_a_configuration() -> None:
+    config = load_config(Path(__file__).parents[2] / "examples" / "msd-hippocampus-scd.yaml", [])
+    model = fv.create_model(config.model.name, num_classes=3, **config.model.overrides)  # type: ignore[arg-type]
+    assert model.config.prune_after == (0, 1)
+    assert model.config.keep_ratio == (0.5, 0.25)

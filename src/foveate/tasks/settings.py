@@ -21,7 +21,7 @@ __all__ = [
     "parse_bytes",
 ]
 
-Override = list[int] | bool | int | float | str | None
+Override = list[int] | list[float] | bool | int | float | str | None
 """A value of a field of a model configuration."""
 
 
