@@ -89,3 +89,10 @@ def exact_downsample(full: int, level: int) -> float:
         if abs(full / whole - level) < 1:
             return float(whole)
     return ratio
+
+
+def exact_downsamples(levels: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]:
+    """Level-0 pixels per pixel of every level along each axis, from the spatial shapes of the levels."""
+    return tuple(
+        tuple(exact_downsample(full, side) for full, side in zip(levels[0], level, strict=True)) for level in levels
+    )

@@ -17,7 +17,7 @@ from jaxtyping import Shaped
 from numpy.typing import NDArray
 
 from foveate.errors import FoveateError, ShapeError
-from foveate.geometry.source import Box, exact_downsample
+from foveate.geometry.source import Box, exact_downsamples
 from foveate.io.guard import (
     DECODER_ERRORS,
     DEFAULT_MAX_PIXELS,
@@ -150,10 +150,7 @@ class ZarrRaster:
     @property
     def downsamples(self) -> tuple[tuple[float, ...], ...]:
         """Level-0 pixels per pixel of every level along each axis."""
-        return tuple(
-            tuple(exact_downsample(full, side) for full, side in zip(self.shape, level, strict=True))
-            for level in self.levels
-        )
+        return exact_downsamples(self.levels)
 
     @property
     def spacing(self) -> tuple[float, ...] | None:

@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from numpy.typing import NDArray
 
 from foveate.errors import ShapeError
-from foveate.geometry.source import Box, Source, exact_downsample, level_window
+from foveate.geometry.source import Box, Source, exact_downsamples, level_window
 from foveate.io.guard import DEFAULT_MAX_PIXELS, Want, one_line
 from foveate.io.spacing import mpp_of
 from foveate.io.tile_cache import TileCache
@@ -100,10 +100,7 @@ class ArrayRaster:
     @property
     def downsamples(self) -> tuple[tuple[float, ...], ...]:
         """Level-0 pixels per pixel of every level."""
-        return tuple(
-            tuple(exact_downsample(full, side) for full, side in zip(self.shape, level, strict=True))
-            for level in self.levels
-        )
+        return exact_downsamples(self.levels)
 
     @property
     def spacing(self) -> tuple[float, ...] | None:

@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from numpy.typing import NDArray
 
 from foveate.errors import ConfigError, FormatError
-from foveate.geometry.source import Box, exact_downsample
+from foveate.geometry.source import Box, exact_downsamples
 from foveate.io.guard import DECODER_ERRORS, bad_file, one_line
 from foveate.io.raster import About, check_window, fill_window, stored_window
 from foveate.io.spacing import mpp_of
@@ -85,10 +85,7 @@ class TiledRaster:
     @property
     def downsamples(self) -> tuple[tuple[float, ...], ...]:
         """Level-0 pixels per pixel of every level."""
-        return tuple(
-            tuple(exact_downsample(full, side) for full, side in zip(self.shape, level, strict=True))
-            for level in self.levels
-        )
+        return exact_downsamples(self.levels)
 
     @property
     def spacing(self) -> tuple[float, ...] | None:
