@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
 from numpy.typing import NDArray
 
 from foveate.errors import ShapeError
 from foveate.geometry.source import Box
 from foveate.io.guard import bad_file
+from foveate.io.pyramid_tiles import most_frequent
 from foveate.io.write import unwritable
 
 Array = NDArray[Any]
@@ -147,17 +147,11 @@ def _coarser(fine: Any, step: tuple[int, ...]) -> Blocks:
         start, stop = (tuple(side * by for side, by in zip(sides, step, strict=True)) for sides in box)
         part = np.asarray(fine[tuple(map(slice, start, stop))])
         short = [high - low - have for low, high, have in zip(start, stop, part.shape, strict=True)]
-        return _most_frequent(np.pad(part, [(0, count) for count in short], mode="edge"), step)
+        part = np.pad(part, [(0, count) for count in short], mode="edge")
+        corners = itertools.product(*map(range, step))
+        return most_frequent([part[tuple(map(slice, corner, part.shape, step))] for corner in corners])
 
     return blocks
-
-
-def _most_frequent(labels: Integer[np.ndarray, "*S"], step: tuple[int, ...]) -> Integer[np.ndarray, "*R"]:
-    """The most frequent label of each group of ``step`` pixels, the first of them where several are."""
-    groups = np.stack([labels[tuple(slice(at, None, by) for at, by in zip(offset, step, strict=True))]
-                       for offset in itertools.product(*map(range, step))])  # fmt: skip
-    votes = np.stack([(groups == group).sum(axis=0, dtype=np.uint8) for group in groups])
-    return np.asarray(np.take_along_axis(groups, votes.argmax(axis=0)[None], axis=0)[0])
 
 
 def _group(aside: Path, name: str, factors: list[tuple[int, ...]], spacing: tuple[float, ...] | None, axes: int) -> Any:

@@ -73,7 +73,7 @@ def shrink(tile: Tile, ratio: int, reduce: Reduce) -> Tile:
     if any(short):
         tile = np.pad(tile, [(0, 0), *((0, count) for count in short)], mode="edge")
     parts = [tile[:, y::ratio, x::ratio] for y in range(ratio) for x in range(ratio)]
-    return _mode(parts) if reduce == "mode" else _mean(parts)
+    return most_frequent(parts) if reduce == "mode" else _mean(parts)
 
 
 def compose(parts: Sequence[Sequence[Tile]], layout: Layout, box: tuple[tuple[int, int], tuple[int, int]]) -> Tile:
@@ -137,7 +137,8 @@ def _mean(parts: list[Shaped[Array, "C h w"]]) -> Shaped[Array, "C h w"]:
     return (total if dtype.kind == "f" else np.rint(total)).astype(dtype)
 
 
-def _mode(parts: list[Shaped[Array, "C h w"]]) -> Shaped[Array, "C h w"]:
+def most_frequent(parts: Sequence[Shaped[Array, "*S"]]) -> Shaped[Array, "*S"]:
+    """The value that most of the parts have at each place; of several, that of the earliest part."""
     best = parts[0].copy()
     most = sum((part == best).astype(np.uint8) for part in parts)
     for candidate in parts[1:]:
