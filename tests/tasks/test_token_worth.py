@@ -14,7 +14,7 @@ from foveate.errors import ConfigError
 from foveate.nn.pruner import Pruning, Scores
 from foveate.tasks.config import load_config
 from foveate.tasks.pruning import draw_pruning, score_loss, selection_recall, token_worth
-from foveate.tasks.segmentation import fit
+from foveate.tasks.segmentation import build_task, fit
 from foveate.tasks.settings import TrainConfig
 
 TINY = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 4, "pos_grid": 4, "decoder_width": 4}
@@ -54,8 +54,15 @@ def test_the_loss_is_a_sum_over_images() -> None:
 
 def test_recall_counts_edges_and_classes() -> None:
     worth = torch.tensor([1.0, 1.0, 0.5, 0.5, 0.0, -1.0])
-    assert selection_recall(torch.tensor([0, 2, 3]), worth) == {"boundary": 0.5, "foreground": 0.75}
-    assert math.isnan(selection_recall(torch.tensor([0]), torch.zeros(3))["boundary"])
+    rows = torch.tensor([0, 2, 3, 5])  # the first prune point left these four
+    first = Scores(torch.arange(6), torch.zeros(6), rows)
+    recall = selection_recall([first, Scores(rows, torch.zeros(4), torch.tensor([0, 1, 2]))], worth)
+    assert recall == {"boundary_recall": 0.5, "foreground_recall": 0.75, "boundary_recall_ceiling": 1.0}
+    one = selection_recall([Scores(torch.arange(6), torch.zeros(6), torch.tensor([0]))], worth)
+    assert one["boundary_recall_ceiling"] == 0.5, "one token holds one of two edges at best"
+    nothing = selection_recall([first], torch.zeros(6))
+    assert math.isnan(nothing["boundary_recall"])
+    assert math.isnan(nothing["boundary_recall_ceiling"])
 
 
 def test_pruning_is_drawn_from_seed_epoch_and_images() -> None:
@@ -118,7 +125,7 @@ def test_the_scorer_learns_where_the_edges_are() -> None:
         patches, soft, weight = disc(seed)
         scores = []
         model.eval()(patches, Pruning(scores=scores))
-        recalls.append(selection_recall(scores[0].rows[scores[0].kept], token_worth(soft, weight))["boundary"])
+        recalls.append(selection_recall(scores, token_worth(soft, weight))["boundary_recall"])
     assert sum(recalls) / len(recalls) > 0.9
 
 
@@ -135,9 +142,22 @@ def test_a_model_that_prunes_is_trained_like_any_other(tmp_path: Path) -> None:
         recalls = [line["boundary_recall"] for line in lines if "boundary_recall" in line]
         assert recalls
         assert all(0 <= recall <= 1 for recall in recalls)
+        assert all("boundary_recall_ceiling" in line for line in lines if "boundary_recall" in line)
         runs.append([line["score_loss"] for line in lines if "score_loss" in line])
     assert runs[0]
     assert runs[0] == runs[1], "the same seed draws the same budgets and the same noise"
+
+
+def test_validation_encodes_an_image_once(tmp_path: Path) -> None:
+    """The recall comes from the pass that is scored."""
+    overrides = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "prune_after": [0], "keep_ratio": 0.5}
+    model = {"name": "scd_vit_tiny", "overrides": overrides}
+    task = build_task(tiny_config(write_discs(tmp_path / "data"), tmp_path / "run", model=model))
+    calls: list[int] = []
+    task.model.encoder.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    assert 0 <= task.validate(task.model.eval())["boundary_recall"] <= 1
+    assert task.val is not None
+    assert len(calls) == len(task.val)
 
 
 def test_the_example_that_prunes_is_a_configuration() -> None:

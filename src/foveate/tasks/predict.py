@@ -22,6 +22,7 @@ from foveate.geometry.source import Box
 from foveate.io.raster import Raster, broken_of, mended_of
 from foveate.io.spacing import check_mpp
 from foveate.io.write import unwritable
+from foveate.nn.pruner import Pruning
 from foveate.tasks.config import FitConfig, TreeConfig, load_config
 from foveate.tasks.cut import cut
 from foveate.tasks.export import write_outputs
@@ -77,7 +78,9 @@ def prepare(image: Float[Tensor, "C *S"], config: FitConfig, patch_size: int) ->
     return patchify(small, leaves, patch_size)
 
 
-def segment(model: nn.Module, image: Float[Tensor, "C *S"], config: FitConfig) -> Segmented:
+def segment(
+    model: nn.Module, image: Float[Tensor, "C *S"], config: FitConfig, pruning: Pruning | None = None
+) -> Segmented:
     """Segment one normalised image at full resolution.
 
     Painting goes tile by tile, so that classes x pixels are never in memory; a pixel costs one byte.
@@ -86,12 +89,13 @@ def segment(model: nn.Module, image: Float[Tensor, "C *S"], config: FitConfig) -
         model: Maps `Patches` to logits ``[T, K, *P]``; used as it is, on its own device.
         image: Normalised as in training (see `SegmentationData.load`), at full resolution.
         config: Settings of the run.
+        pruning: As in `logits_of`.
 
     Cost: one pass over the pixels and the model over the tokens.
     """
     start = time.perf_counter()
     patches = prepare(image, config, patch_size_of(model))
-    labels = paint(logits_of(model, patches), patches.leaves[0], tuple(image.shape[1:]))
+    labels = paint(logits_of(model, patches, pruning), patches.leaves[0], tuple(image.shape[1:]))
     return Segmented(labels, patches.leaves[0], time.perf_counter() - start)
 
 
@@ -102,15 +106,21 @@ def patch_size_of(model: nn.Module) -> int:
     return int(config.patch_size)
 
 
-def logits_of(model: nn.Module, patches: Patches) -> Float[Tensor, "T K *P"]:
+def logits_of(model: nn.Module, patches: Patches, pruning: Pruning | None = None) -> Float[Tensor, "T K *P"]:
     """What the model says of the samples of every leaf, on the CPU.
+
+    Args:
+        model: As in `segment`.
+        patches: Tokens.
+        pruning: How to prune in this call, of a model that does; None: as it was configured.
 
     Raises:
         FoveateError: The output is not finite.
     """
     device = next(model.parameters()).device
     with torch.inference_mode():
-        logits: Tensor = model(patches.to(device)).float().cpu()
+        placed = patches.to(device)
+        logits: Tensor = (model(placed) if pruning is None else model(placed, pruning)).float().cpu()
     if not bool(torch.isfinite(logits).all()):
         raise FoveateError("the model's output holds NaN or Inf; train it again at a lower train.lr")
     return logits

@@ -5,15 +5,13 @@ Legend: T tokens of a pack, K classes (background first), P samples per side, B 
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from foveate.geometry.patches import Patches
 from foveate.nn.pruner import Pruning, Scores
 from foveate.tasks.settings import TrainConfig
 
@@ -86,27 +84,22 @@ def score_loss(scores: Sequence[Scores], worth: Float[Tensor, " T"], lengths: Se
     return total / max(len(scores), 1)
 
 
-def selection_recall(kept: Tensor, worth: Float[Tensor, " T"]) -> dict[str, float]:
+def selection_recall(scores: Sequence[Scores], worth: Float[Tensor, " T"]) -> dict[str, float]:
     """Share of the tokens with a label edge, and of all tokens with a class, that are kept to the end.
 
     Args:
-        kept: positions of the tokens that are kept.
-        worth: of every token, see `token_worth`.
+        scores: what every prune point of a forward pass thought, in order.
+        worth: of every token of the pack, see `token_worth`; on the CPU.
 
     Returns:
-        ``boundary`` and ``foreground``; NaN where there are no such tokens.
+        ``boundary_recall`` and ``foreground_recall``; NaN where there are no such tokens. ``boundary_recall_ceiling``:
+        what the best choice of as many tokens would reach.
     """
+    kept = scores[-1].rows.index_select(0, scores[-1].kept).cpu()
     chosen = torch.zeros_like(worth, dtype=torch.bool).index_fill(0, kept, True)
+    edge, some = worth == 1.0, worth > 0.0
     return {
-        name: float(chosen[wanted].float().mean())
-        for name, wanted in (("boundary", worth == 1.0), ("foreground", worth > 0.0))
+        "boundary_recall": float(chosen[edge].float().mean()),
+        "foreground_recall": float(chosen[some].float().mean()),
+        "boundary_recall_ceiling": min(1.0, len(kept) / int(edge.sum())) if bool(edge.any()) else float("nan"),
     }
-
-
-@torch.inference_mode()
-def kept_of(model: Any, patches: Patches) -> Int64[Tensor, " K"]:
-    """Positions of the tokens of one image that a model keeps to the end, as it would in evaluation."""
-    device = next(model.parameters()).device
-    parts = model.encoder(patches.to(device)).parts
-    rows: Tensor = parts[-1].rows.cpu()
-    return rows

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from foveate.geometry.leaves import Leaves
 from foveate.geometry.patches import patchify_mask
+from foveate.nn.pruner import Pruning
 from foveate.tasks.data import SegmentationData
 from foveate.tasks.metrics import PixelMetrics, count_labels, tiles
 from foveate.tasks.painting import Painting
 from foveate.tasks.predict import Segmented, logits_of, paint, segment
+from foveate.tasks.pruning import prunes, selection_recall, token_worth
 from foveate.tasks.resize import limited_shape, shrink_labels
 from foveate.tasks.settings import FitConfig
 from foveate.tasks.slides import Slide
@@ -31,6 +33,7 @@ class Scored:
         ceiling: the same of the true mask after the tree; ``None`` where it was not asked for.
         tokens: leaves of the image.
         seconds: from the decoded image (a slide: from the file) to its full-size mask.
+        recall: what `selection_recall` says of the choice of a model that prunes; ``None`` of any other.
         shown: normalised image, labels and result, of an image that is held whole.
     """
 
@@ -38,6 +41,7 @@ class Scored:
     ceiling: dict[str, Any] | None
     tokens: int
     seconds: float
+    recall: dict[str, float] | None
     shown: tuple[Tensor, Tensor, Segmented] | None
 
 
@@ -65,17 +69,24 @@ def score_item(
         return _score_slide(model, data, index, found, metrics)
     image, labels = found.image, found.labels
     assert labels is not None
-    result = segment(model, image, found.config)
+    pruning = Pruning(scores=[]) if prunes(model) else None
+    result = segment(model, image, found.config, pruning)
     row = metrics.update(name, result.labels, labels, found.config.data.spacing)
     reach = ceiling_row(name, labels, result.leaves, config, data.patch_size) if ceiling else None
-    return Scored(row, reach, len(result.leaves), result.seconds, (image, labels, result))
+    recall = None if pruning is None else _recall(pruning, *leaf_labels(labels, result.leaves, config, data.patch_size))
+    return Scored(row, reach, len(result.leaves), result.seconds, recall, (image, labels, result))
+
+
+def _recall(pruning: Pruning, soft: Tensor, weight: Tensor) -> dict[str, float]:
+    return selection_recall(pruning.scores or [], token_worth(soft, weight))
 
 
 def _score_slide(model: nn.Module, data: SegmentationData, index: int, slide: Slide, metrics: PixelMetrics) -> Scored:
     start = time.perf_counter()
     sample = data[index]
-    leaves = sample.patches.leaves[0]
-    pictures = [Painting(values, leaves, slide.shape) for values in (logits_of(model, sample.patches), sample.soft)]
+    leaves, pruning = sample.patches.leaves[0], Pruning(scores=[]) if prunes(model) else None
+    logits = logits_of(model, sample.patches, pruning)
+    pictures = [Painting(values, leaves, slide.shape) for values in (logits, sample.soft)]
     seconds = time.perf_counter() - start
     assert slide.labels is not None
     num_classes = data.config.data.num_classes
@@ -88,7 +99,8 @@ def _score_slide(model: nn.Module, data: SegmentationData, index: int, slide: Sl
         counts[0] += count_labels(tile, truth, num_classes)
         counts[1] += count_labels(pictures[1].tile(box), truth, num_classes)
     reach = PixelMetrics(metrics.class_names, distances=False).update_counts(sample.name, counts[1])
-    return Scored(metrics.update_counts(sample.name, counts[0]), reach, len(leaves), seconds, None)
+    recall = None if pruning is None else _recall(pruning, sample.soft, sample.weight)
+    return Scored(metrics.update_counts(sample.name, counts[0]), reach, len(leaves), seconds, recall, None)
 
 
 def ceiling_row(name: str, labels: Tensor, leaves: Leaves, config: FitConfig, patch_size: int) -> dict[str, Any]:
@@ -101,8 +113,17 @@ def ceiling_row(name: str, labels: Tensor, leaves: Leaves, config: FitConfig, pa
         config: Settings of the run.
         patch_size: Samples per side of a token.
     """
-    shape = tuple(labels.shape)
-    small = torch.from_numpy(shrink_labels(labels.numpy(), limited_shape(shape, config.data.max_side)))
-    soft, _ = patchify_mask(small, leaves, patch_size, config.data.num_classes)
+    soft, _ = leaf_labels(labels, leaves, config, patch_size)
     metrics = PixelMetrics(config.data.class_names, distances=False)
-    return metrics.update(name, paint(soft, leaves, shape), labels)
+    return metrics.update(name, paint(soft, leaves, tuple(labels.shape)), labels)
+
+
+def leaf_labels(labels: Tensor, leaves: Leaves, config: FitConfig, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Labels on the leaves: share of each class in every sample, and labelled pixels under it.
+
+    Args:
+        labels: As in `ceiling_row`; ``leaves``, ``config`` and ``patch_size`` as there.
+    """
+    shape = limited_shape(tuple(labels.shape), config.data.max_side)
+    small = torch.from_numpy(shrink_labels(labels.numpy(), shape))
+    return patchify_mask(small, leaves, patch_size, config.data.num_classes)

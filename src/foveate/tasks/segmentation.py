@@ -18,7 +18,7 @@ from foveate.tasks.loop import Loop, LoopResult, on_cpu
 from foveate.tasks.losses import leaf_loss
 from foveate.tasks.metrics import PixelMetrics, mean_known
 from foveate.tasks.predict import SETTINGS
-from foveate.tasks.pruning import draw_pruning, kept_of, prunes, score_loss, selection_recall, token_worth
+from foveate.tasks.pruning import draw_pruning, prunes, score_loss, token_worth
 from foveate.tasks.run import CHECKPOINTS, open_run
 from foveate.tasks.scoring import score_item
 from foveate.tasks.slides import check_large_files
@@ -102,30 +102,22 @@ class SegmentationTask:
         if self.val is None:
             return {}
         metrics = PixelMetrics(self.config.data.class_names, self.config.data.spacing, distances=False)
-        tokens = []
+        tokens, recalls = [], list[dict[str, float]]()
         for index in range(len(self.val)):
             ceiling = index not in self._ceilings  # the trees of unvaried images stay the same
             scored = score_item(model, self.val, index, metrics, ceiling=ceiling)
             tokens.append(scored.tokens)
+            recalls += [] if scored.recall is None else [scored.recall]
             if scored.ceiling is not None:
                 self._ceilings[index] = scored.ceiling
         reach = mean_known([mean_known(row["dice"]) for row in self._ceilings.values()])
         scores = {"dice": 0.0, "iou": 0.0, "ceiling": reach, "tokens": sum(tokens) / len(tokens)}
         for measure in ("dice", "iou"):
             scores[measure] = mean_known([mean_known(row[measure]) for row in metrics.rows])
-        if prunes(self.model):
-            scores |= self._recall(self.val)
+        for name in recalls[0] if recalls else ():
+            scores[name] = mean_known([recall[name] for recall in recalls])
         # images in which there is nothing, and nothing was found, have no Dice; a set of such images was got right
         return scores if scores["dice"] == scores["dice"] else scores | {"dice": 1.0, "iou": 1.0, "ceiling": 1.0}
-
-    def _recall(self, data: SegmentationData) -> dict[str, float]:
-        """How many of the tokens with a label edge, and of those with a class, the model keeps to the end."""
-        rows = []
-        for index in range(len(data)):
-            sample = data[index]
-            kept = kept_of(self.model, sample.patches)
-            rows.append(selection_recall(kept, token_worth(sample.soft, sample.weight)))
-        return {f"{name}_recall": mean_known([row[name] for row in rows]) for name in ("boundary", "foreground")}
 
     def save(self, folder: Path) -> None:
         """Write the model and the settings that prediction needs."""
