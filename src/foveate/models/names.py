@@ -1,0 +1,105 @@
+"""Models by name: what ``create_model("apf_vit_tiny")`` builds."""
+
+import difflib
+import fnmatch
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from foveate.errors import ConfigError
+from foveate.models.files import WEIGHTS_FILE, as_tuples, load_state
+from foveate.models.segmentation import ModelConfig, SegmentationModel, build_model
+from foveate.nn.encoder import Encoder
+from foveate.nn.weights import load_weights
+
+_SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
+
+
+def _named() -> dict[str, ModelConfig]:
+    models = {}
+    for size, (width, num_heads) in _SIZES.items():
+        plane = ModelConfig(width=width, num_heads=num_heads)
+        volume = replace(plane, num_dims=3, patch_size=8, in_chans=1, pos_grid=6)
+        for decoder, suffix in (("token", ""), ("linear", "_linear"), ("unetr", "_unetr")):
+            models[f"apf_vit_{size}{suffix}"] = replace(plane, decoder=decoder)
+            models[f"apf_vit_{size}_3d{suffix}"] = replace(volume, decoder=decoder)
+        for dims, base in (("", plane), ("_3d", volume)):
+            models[f"scd_vit_{size}{dims}"] = replace(
+                base, prune_after=(2, 5, 8), keep_ratio=(0.5, 0.25, 0.25), decoder="sparse"
+            )
+    return models
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that ``create_model`` knows, sorted.
+
+    Args:
+        pattern: shell pattern, such as ``"apf*_3d"``.
+    """
+    return sorted(fnmatch.filter(_named(), pattern))
+
+
+def create_config(name: str, **overrides: Any) -> ModelConfig:
+    """The configuration behind a name, with fields changed.
+
+    Args:
+        name: one of ``list_models()``.
+        overrides: fields of ``ModelConfig``.
+
+    Raises:
+        ConfigError: an unknown name or field, or a value that is not possible.
+    """
+    models = _named()
+    if name not in models:
+        raise ConfigError(f"model {name!r} is not known{_close(name, models)}; list_models() names all {len(models)}")
+    known = {field.name for field in fields(ModelConfig)}
+    for key in overrides:
+        if key not in known:
+            raise ConfigError(
+                f"{key!r} is no field of a model{_close(key, known)}; fields are {', '.join(sorted(known))}"
+            )
+    try:
+        return replace(models[name], **as_tuples(overrides))
+    except TypeError as error:
+        raise ConfigError(f"{name} with {overrides}: a value has the wrong type ({error}); give numbers") from None
+
+
+def create_model(
+    name: str,
+    *,
+    in_chans: int | None = None,
+    num_classes: int = 2,
+    weights: str | Path | None = None,
+    **overrides: Any,
+) -> SegmentationModel:
+    """Build a named model.
+
+    Args:
+        name: one of ``list_models()``.
+        in_chans: channels of the images; default 3 in 2-D and 1 in 3-D.
+        num_classes: K, background included.
+        weights: file with the weights of a ViT (timm, DINOv2, transformers or pathology layout, safetensors) for the
+            encoder, or a folder that ``save_pretrained`` wrote.
+        overrides: fields of ``ModelConfig`` to change, such as ``depth=6`` or ``patch_size=8``.
+
+    Raises:
+        ConfigError: an unknown name or field.
+        FormatError: weights that are unreadable or do not fit.
+    """
+    if in_chans is not None:
+        overrides["in_chans"] = in_chans
+    model = build_model(create_config(name, num_classes=num_classes, **overrides))
+    if weights is None:
+        return model
+    path = Path(weights)
+    if path.is_dir():
+        load_state(model, path / WEIGHTS_FILE)
+    else:
+        assert isinstance(model.encoder, Encoder)
+        load_weights(model.encoder, path)
+    return model
+
+
+def _close(word: str, words: Any) -> str:
+    found = difflib.get_close_matches(word, list(words), n=1)
+    return f", did you mean {found[0]!r}?" if found else ""
