@@ -42,4 +42,5 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/pip
 
 $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/pip
 	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,transformers]'
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) --no-deps timm  # torchvision would pull CUDA in
 	touch $@ $(VENV)/.installed

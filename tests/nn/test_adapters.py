@@ -1,7 +1,7 @@
 """Foreign encoders keep their own answer on their own grid, and work on leaves of any size."""
 
 import copy
-import importlib.util
+from types import ModuleType
 
 import pytest
 import torch
@@ -70,16 +70,11 @@ def test_monai(num_dims: int, proj_type: str) -> None:
         check(adapt(theirs, num_dims=num_dims).eval(), image, theirs(image[None])[0][0])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is an extra")
 @pytest.mark.parametrize(
     "changes", [{}, {"reg_tokens": 2, "no_embed_class": True}, {"class_token": False, "global_pool": "avg"}]
 )
-def test_timm(changes: dict[str, object]) -> None:
-    try:
-        from timm.models.vision_transformer import VisionTransformer
-    except (ImportError, RuntimeError) as error:  # a torchvision that does not fit this torch
-        pytest.skip(f"timm cannot be imported here: {error}")
-    theirs = VisionTransformer(
+def test_timm(timm: ModuleType, changes: dict[str, object]) -> None:
+    theirs = timm.models.vision_transformer.VisionTransformer(
         img_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=0, fc_norm=False, **changes
     )
     randomise(theirs)

@@ -1,9 +1,9 @@
 """Checkpoints of other layouts fill our encoder, or are refused by the names of the tensors that do not fit."""
 
-import importlib.util
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -163,14 +163,11 @@ def test_a_table_that_is_no_grid_is_refused(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is an extra")
-def test_timm_itself(tmp_path: Path, theirs: dict[str, object], ours: dict[str, object]) -> None:
+def test_timm_itself(timm: ModuleType, tmp_path: Path, theirs: dict[str, object], ours: dict[str, object]) -> None:
     """Neutrality against the original: its saved weights give its own tokens."""
-    try:
-        from timm.models.vision_transformer import VisionTransformer
-    except (ImportError, RuntimeError) as error:  # a torchvision that is missing or does not fit this torch
-        pytest.skip(f"timm cannot be imported here: {error}")
-    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, fc_norm=False, **theirs)
+    vit = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, fc_norm=False, **theirs
+    )
     randomise(vit)
     save_file(vit.eval().state_dict(), tmp_path / "timm.safetensors")
     net = Encoder(replace(SMALL, **ours))  # type: ignore[arg-type]
