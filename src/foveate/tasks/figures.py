@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Integer, Shaped, UInt8
+from jaxtyping import Float, Int64, Integer, Shaped, UInt8
 from numpy.typing import NDArray
+from torch import Tensor
 
 from foveate.errors import ShapeError
 from foveate.geometry.leaves import Leaves
@@ -19,6 +20,8 @@ ORANGE, SKY, GREEN = (230, 159, 0), (86, 180, 233), (0, 158, 115)
 YELLOW, BLUE, VERMILLION, PURPLE = (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)
 HIT, FALSE_ALARM, MISS = GREEN, VERMILLION, SKY
 IGNORE = 255
+LEFT = (BLUE, PURPLE, VERMILLION, GREEN)
+"""Tints of the leaves whose tokens left at the first, second, ... prune point; beyond the last they repeat."""
 _SMALL = 2**22
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
@@ -75,6 +78,7 @@ def leaf_overlay(
     side: int | None = None,
     window: Window | None = None,
     plane: int | None = None,
+    left: Int64[Tensor, " L"] | None = None,
 ) -> Picture:
     """Draw the outline of every leaf on the image, one pixel wide at any size.
 
@@ -84,15 +88,22 @@ def leaf_overlay(
         side: longest side of the picture in pixels; by default the image's own, between 512 and 2048.
         window: part of the image to show, in its pixels; all of it by default.
         plane: which plane of a volume; the middle one by default.
+        left: as in ``outlined``.
 
     Cost: O(L + pixels of the picture).
     """
     share = (image.shape[1] // 2 if plane is None else plane) / image.shape[1]
-    return outlined(to_rgb(image, plane=plane), leaves, side=side, window=window, depth=share)
+    return outlined(to_rgb(image, plane=plane), leaves, side=side, window=window, depth=share, left=left)
 
 
 def outlined(
-    picture: Picture, leaves: Leaves, *, side: int | None = None, window: Window | None = None, depth: float = 0.5
+    picture: Picture,
+    leaves: Leaves,
+    *,
+    side: int | None = None,
+    window: Window | None = None,
+    depth: float = 0.5,
+    left: Int64[Tensor, " L"] | None = None,
 ) -> Picture:
     """Draw the outlines over a picture of the image, or of one plane of it.
 
@@ -102,12 +113,16 @@ def outlined(
         side: as in ``leaf_overlay``.
         window: as in ``leaf_overlay``.
         depth: where the plane lies in a volume, from 0 to 1.
+        left: prune point at which each leaf's token left, counted from 0, and -1 for those kept to the end; the others
+            are tinted.
     """
     base = picture
     boxes = leaves.boxes.cpu().numpy().astype(np.float64)
+    points = np.full(len(leaves), -1) if left is None else left.cpu().numpy()
     if leaves.num_dims == 3:
         at = depth * leaves.shape[0]
-        boxes = boxes[(boxes[:, 0, 0] <= at) & (at < boxes[:, 1, 0])][:, :, 1:]
+        cut = (boxes[:, 0, 0] <= at) & (at < boxes[:, 1, 0])
+        boxes, points = boxes[cut][:, :, 1:], points[cut]
     boxes *= np.array(base.shape[:2]) / leaves.shape[-2:]
     if window is not None:
         boxes -= [part.start for part in window]
@@ -115,15 +130,19 @@ def outlined(
     height, width = fit_side(base.shape, side or min(max(max(base.shape[:2]), 512), 2048))
     corner = np.rint(boxes * [height / base.shape[0], width / base.shape[1]]).astype(np.int64)
     shown = (corner[:, 1] > 0).all(1) & (corner[:, 0] < [height, width]).all(1)
-    lines = np.zeros((height, width), np.bool_)
-    for (top, left), (bottom, right) in corner[shown]:
-        rows, columns = slice(max(top, 0), bottom + 1), slice(max(left, 0), right + 1)
+    lines, tints = np.zeros((height, width), np.bool_), np.full((height, width), -1)
+    for ((top, first), (bottom, last)), point in zip(corner[shown], points[shown], strict=True):
+        rows, columns = slice(max(top, 0), bottom + 1), slice(max(first, 0), last + 1)
+        tints[rows, columns] = point
         if top >= 0:
             lines[top, columns] = True
-        if left >= 0:
-            lines[rows, left] = True
+        if first >= 0:
+            lines[rows, first] = True
     lines[-1] = lines[:, -1] = True
-    return painted(resized(base, height, width), lines, YELLOW if base.mean() < 160 else BLUE, 0.7)
+    out = resized(base, height, width)
+    for point in np.unique(tints[tints >= 0]):
+        out = painted(out, tints == point, LEFT[point % len(LEFT)], 0.5)
+    return painted(out, lines, YELLOW if base.mean() < 160 else BLUE, 0.7)
 
 
 def painted(picture: Picture, where: NDArray[np.bool_], colour: Colour, alpha: float = 1.0) -> Picture:

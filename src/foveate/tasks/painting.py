@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from foveate.geometry.labels import LabelPainter
@@ -27,6 +27,7 @@ class Painting:
         shape: Spatial shape of the image as stored, which the labels have.
         spacing: Size of its pixels in mm along each axis, where known.
         unknown: Boxes of the image that become 255.
+        left: Prune point at which each leaf's token left, see `left_at`, of a model that prunes.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class Painting:
         shape: Sequence[int],
         spacing: tuple[float, ...] | None = None,
         unknown: Sequence[Box] = (),
+        left: Int64[Tensor, " L"] | None = None,
     ) -> None:
         self.values, self.leaves, self.shape, self.spacing = values, leaves, tuple(shape), spacing
-        self.unknown = tuple(unknown)
+        self.unknown, self.left = tuple(unknown), left
         self._painter = LabelPainter(values, leaves, self.shape)
 
     @property

@@ -76,31 +76,34 @@ class Part:
         """Folder for the unfinished rows of an output."""
         return self.folder / f"{target.name}.spool"
 
-    def keep(self, values: Tensor, leaves: Leaves, broken: Sequence[Box]) -> None:
+    def keep(self, values: Tensor, leaves: Leaves, broken: Sequence[Box], left: Tensor | None = None) -> None:
         """Store the model's output; from here on the image can be resumed.
 
         Args:
             values: Logits ``[L, K, *P]``.
             leaves: Their leaves.
             broken: Boxes in level-0 pixels that could not be decoded.
+            left: Prune point at which each leaf's token left, see `left_at`, of a model that prunes.
         """
         from safetensors.torch import save
 
+        tensors = {"values": values.contiguous()} | ({} if left is None else {"left": left})
         with atomic_write(self.folder / _VALUES) as file:
-            file.write(save({"values": values.contiguous()}))
+            file.write(save(tensors))
         leaves.save(self.folder / _LEAVES)
         write_json(self.folder / _NOTE, {"key": self.key, "broken": broken})
 
-    def kept(self) -> tuple[Tensor, Leaves, list[Box]] | None:
+    def kept(self) -> tuple[Tensor, Leaves, list[Box], Tensor | None] | None:
         """What `keep` stored, or None."""
         note = self._note()
         if not note:
             return None
         try:
-            values, leaves = load_file(self.folder / _VALUES)["values"], Leaves.load(self.folder / _LEAVES)
+            tensors, leaves = load_file(self.folder / _VALUES), Leaves.load(self.folder / _LEAVES)
+            values, left = tensors["values"], tensors.get("left")
         except (OSError, SafetensorError, KeyError, FormatError):
             return None  # the disk lost it: computed again
-        return values, leaves, [(tuple(start), tuple(stop)) for start, stop in note["broken"]]
+        return values, leaves, [(tuple(start), tuple(stop)) for start, stop in note["broken"]], left
 
     def _note(self) -> dict[str, Any]:
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from foveate.errors import ConfigError, FormatError, FoveateError
@@ -47,6 +47,8 @@ from foveate.tasks.outputs import (
 )
 from foveate.tasks.painting import Painting
 from foveate.tasks.part import Part, digest_of, part_folder
+from foveate.tasks.pruned_view import left_at
+from foveate.tasks.pruning import prunes
 from foveate.tasks.resize import limited_shape, shrink_image
 from foveate.tasks.run import find_model
 from foveate.tasks.source import is_large, open_item, open_native, slide_patches, spacing_of, whole_box
@@ -62,6 +64,7 @@ class Segmented:
     labels: UInt8[Tensor, "*S"]  # class per pixel, at the image's own size
     leaves: Leaves  # in the frame of the shrunk image where `max_side` applies
     seconds: float  # shrink, cut, patches, model and painting
+    left: Int64[Tensor, " L"] | None = None  # prune point at which each leaf's token left, see `left_at`
 
 
 def prepare(image: Float[Tensor, "C *S"], config: FitConfig, patch_size: int) -> Patches:
@@ -96,7 +99,9 @@ def segment(
     start = time.perf_counter()
     patches = prepare(image, config, patch_size_of(model))
     labels = paint(logits_of(model, patches, pruning), patches.leaves[0], tuple(image.shape[1:]))
-    return Segmented(labels, patches.leaves[0], time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    left = None if pruning is None or not pruning.scores else left_at(pruning.scores, len(patches.pixels))
+    return Segmented(labels, patches.leaves[0], seconds, left)
 
 
 def patch_size_of(model: nn.Module) -> int:
@@ -312,21 +317,24 @@ class _Job:
             kept = self._values(item, native)
             if is_large(native):
                 part.keep(*kept)
-        values, leaves, holes = kept
+        values, leaves, holes, left = kept
         skips = self.config.data.broken == "skip"
         if holes:
             done = "left unknown" if skips else "filled with background"
             self.warn(f"foveate: {item.image}: {len(holes)} broken tiles were {done}, first {holes[:3]}")
-        painting = Painting(values, leaves, native.shape, native.spacing, holes if skips else ())
+        painting = Painting(values, leaves, native.shape, native.spacing, holes if skips else (), left)
         write_outputs(painting, part, goals, native, self.config.data.class_names, pyramids=kind == SLIDE)
 
-    def _values(self, item: Item, native: Raster) -> tuple[Tensor, Leaves, list[Box]]:
-        """What the model says of every leaf, and what could not be decoded; the patches are gone when it is known."""
+    def _values(self, item: Item, native: Raster) -> tuple[Tensor, Leaves, list[Box], Tensor | None]:
+        """What the model says of every leaf, what could not be decoded, and where each token left the model."""
         patches = self._patches(item, native)
         if mended := mended_of(native):
             what = f"{len(mended)} broken tiles of coarser levels were made from finer ones"
             self.warn(f"foveate: {item.image}: {what}, first {mended[:3]}")
-        return logits_of(self.model, patches), patches.leaves[0], broken_of(native)
+        pruning = Pruning(scores=[]) if prunes(self.model) else None
+        logits = logits_of(self.model, patches, pruning)
+        left = None if pruning is None else left_at(pruning.scores or [], len(logits))
+        return logits, patches.leaves[0], broken_of(native), left
 
     def _patches(self, item: Item, native: Raster) -> Patches:
         """Cut one image as training does, whole or lazily."""

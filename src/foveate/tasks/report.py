@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from foveate.tasks import figures
 from foveate.tasks.figures import Picture, png_bytes
 from foveate.tasks.metrics import PixelMetrics, mean_known
+from foveate.tasks.pruned_view import with_legend
 
 if TYPE_CHECKING:
     from foveate.tasks.evaluate import Evaluation
@@ -147,7 +148,7 @@ class Gallery:
         if self.keep <= rank < len(self.cases) + 1 - self.keep:
             return
         prediction, truth = result.labels.numpy(), labels.numpy()
-        picture = case_panel(image.numpy(), truth, prediction, result.leaves, dice, side=self.side)
+        picture = case_panel(image.numpy(), truth, prediction, result.leaves, dice, side=self.side, left=result.left)
         self.cases = sorted([*self.cases, Case(name, dice, picture)], key=lambda case: _rank(case.dice))
         if len(self.cases) > 2 * self.keep:
             del self.cases[self.keep]
@@ -158,7 +159,9 @@ def _rank(dice: float) -> float:
     return 2.0 if math.isnan(dice) else dice
 
 
-def case_panel(image: Any, truth: Any, prediction: Any, leaves: Any, dice: float, *, side: int = 400) -> Picture:
+def case_panel(
+    image: Any, truth: Any, prediction: Any, leaves: Any, dice: float, *, side: int = 400, left: Any = None
+) -> Picture:
     """Image, leaves, prediction, errors and truth side by side, and magnified below.
 
     Args:
@@ -168,6 +171,7 @@ def case_panel(image: Any, truth: Any, prediction: Any, leaves: Any, dice: float
         leaves: of the image.
         dice: for the title; NaN where there is none.
         side: longest side of one picture, in pixels.
+        left: of `left_at`; the leaves are tinted by it.
     """
     plane = None
     if truth.ndim == 3:
@@ -181,13 +185,14 @@ def case_panel(image: Any, truth: Any, prediction: Any, leaves: Any, dice: float
         figures.error_map(picture, prediction, truth),
         figures.label_overlay(picture, truth),
     ]
-    whole = [*shown[:1], figures.leaf_overlay(image, leaves, side=side, plane=plane), *shown[1:]]
-    zoom = figures.leaf_overlay(image, leaves, side=side, window=window, plane=plane)
+    whole = [*shown[:1], figures.leaf_overlay(image, leaves, side=side, plane=plane, left=left), *shown[1:]]
+    zoom = figures.leaf_overlay(image, leaves, side=side, window=window, plane=plane, left=left)
     near = [shown[0][window], zoom, *(one[window] for one in shown[1:])]
     size = " x ".join(map(str, image.shape[1:]))
     titles = [f"image\n{size}", f"leaves\n{len(leaves):,} tokens", f"prediction\nDice {format_cell(dice)}"]
     note = "errors: green found, red invented or confused, blue missed; below: magnified"
-    return figures.panel([whole, near], [*titles, "errors", "truth"], side=side, note=note)
+    panel = figures.panel([whole, near], [*titles, "errors", "truth"], side=side, note=note)
+    return panel if left is None else with_legend(panel, left)
 
 
 def run_report(evaluation: "Evaluation", gallery: Gallery) -> Report:

@@ -27,9 +27,12 @@ from foveate.tasks.figures import (
     to_rgb,
 )
 from foveate.tasks.painting import Painting
+from foveate.tasks.pruned_view import pruned_panel
 
 SIDE = 2048
 """Longest side of an overview picture in pixels."""
+_SIDE_EACH = 640  # of each picture, where several are shown
+_SHOWN = 2**26  # pixels of an image up to which it is held for a picture
 _HELD = 2**26  # values read at once
 _POINTS = 2**18  # points looked up at once
 
@@ -86,7 +89,14 @@ def _rows(source: Source, level: int, first: int, last: int, down: Sequence[floa
 
 
 def overlay(native: Source, painting: Painting) -> Picture:
-    """The image with its mask in colours and the outlines of the leaves, see `overview`."""
+    """The image with its mask in colours and the outlines of the leaves, see `overview`.
+
+    Of a model that prunes, what was pruned where: see `pruned_panel` for what is held, else the leaves are tinted.
+    """
+    if painting.left is not None and math.prod(native.shape) <= _SHOWN:
+        image = native.read(((0,) * len(native.shape), tuple(native.shape)))
+        labels = painting.labels.numpy()
+        return pruned_panel(image, painting.leaves, painting.left, labels, spacing=painting.spacing, side=_SIDE_EACH)
     picture = to_rgb(overview(native))
     height, width = picture.shape[:2]
     if max(native.shape[-2:]) <= SIDE:
@@ -96,7 +106,7 @@ def overlay(native: Source, painting: Painting) -> Picture:
         chances = coarse_probability(painting.values, painting.leaves, height, width, points=1)
         labels = chances.argmax(0).to(torch.uint8).numpy()
         mark(labels, painting.unknown, native.shape)
-    return outlined(label_overlay(picture, labels), painting.leaves)
+    return outlined(label_overlay(picture, labels), painting.leaves, left=painting.left)
 
 
 def heatmap(native: Source, painting: Painting, names: Sequence[str], side: int = 1024) -> Picture:
