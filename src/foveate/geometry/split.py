@@ -12,7 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
-from foveate.errors import BudgetError, ConfigError, ShapeError
+from foveate.errors import BudgetError, ShapeError
+from foveate.geometry.soft_estimators import estimator_of
+
+_FAR = 1e30  # stands for infinity among scores, so that differences of scores stay finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +87,8 @@ def topk(score_BL: Shaped[Tensor, "B L"], keep: int, *, valid: Bool[Tensor, "B L
     """Keep the ``keep`` highest-scoring tokens of every image.
 
     Args:
-        score_BL: importance of each token, any number; of equal scores the earlier position is kept.
+        score_BL: importance of each token, any number; of equal scores the earlier position is kept. NaN counts as
+            -inf: such tokens leave first.
         keep: tokens to keep per image, ``1 <= keep <= L``.
         valid: False on padding, which is kept only when an image has nothing else.
 
@@ -100,7 +104,10 @@ def topk(score_BL: Shaped[Tensor, "B L"], keep: int, *, valid: Bool[Tensor, "B L
     length = score_BL.shape[1]
     if not 1 <= keep <= length:
         raise BudgetError(f"keep={keep} must lie in [1, {length}] for a sequence of {length} tokens")
-    order = score_BL.detach().argsort(dim=1, descending=True, stable=True)
+    score_BL = score_BL.detach()
+    if score_BL.is_floating_point():
+        score_BL = score_BL.masked_fill(score_BL.isnan(), -torch.inf)
+    order = score_BL.argsort(dim=1, descending=True, stable=True)
     if valid is not None:
         _check_enough(valid, keep)
         # padding goes last whatever its score, and the order of the rest stays
@@ -132,14 +139,16 @@ def soft_topk(
     scorer that it was undervalued.
 
     Args:
-        score_BL: importance of each token, any real number.
+        score_BL: importance of each token. NaN and infinities are no error: NaN counts as -inf and leaves first, and
+            none of them has a gradient, so that the gradient of the others stays finite.
         keep: tokens to keep per image, ``1 <= keep <= L``.
         tau: temperature of the soft choice, > 0, in units of the score. Lower is closer to the hard choice.
         noise: where given, Gumbel noise from this generator is added to the scores, so that training explores; the
             generator lives on the device of the scores.
         noise_scale: factor on the noise, >= 0.
-        estimator: "softmax": the soft choice is the softmax over the image (published; its gradient falls with 1 / L).
-            "threshold": the sigmoid of a score's distance to the last kept one, whose gradient does not.
+        estimator: whose gradient, see `foveate.geometry.soft_estimators`: "softmax" (published; falls with 1 / L),
+            "threshold" (the sigmoid of a score's distance to the last kept one), "lapsum" (sums to exactly ``keep``) or
+            "perturbed" (Monte Carlo).
         valid: False on padding, which has gate 0 and no gradient, and is kept only when an image has nothing else.
 
     Returns:
@@ -158,22 +167,18 @@ def soft_topk(
         raise BudgetError(f"tau={tau} must be positive; 1.0 is usual, lower is closer to the hard choice")
     if not noise_scale >= 0:
         raise BudgetError(f"noise_scale={noise_scale} must be at least 0; 1.0 is the published noise, 0 is none")
-    if estimator not in ("softmax", "threshold"):
-        raise ConfigError(f"estimator={estimator!r} is neither 'softmax' nor 'threshold'; choose one")
+    choice = estimator_of(estimator)
     if noise is not None:
         uniform = torch.empty_like(score_BL).exponential_(generator=noise)
         score_BL = score_BL - noise_scale * uniform.clamp(min=torch.finfo(uniform.dtype).tiny).log()
     split = topk(score_BL, keep, valid=valid)
     hard = torch.zeros_like(score_BL).scatter(1, split.kept, 1.0)
-    logit = score_BL.float() / tau
+    logit = score_BL.to(torch.promote_types(score_BL.dtype, torch.float32)) / tau
+    logit = logit.masked_fill(logit.isnan(), -_FAR).clamp(-_FAR, _FAR)
     if valid is not None:
         hard = hard * valid
         logit = logit.masked_fill(~valid, torch.finfo(torch.float32).min)
-    if estimator == "softmax":
-        soft = logit.softmax(dim=1).to(score_BL.dtype)
-    else:
-        last = logit.detach().gather(1, split.kept).min(dim=1, keepdim=True).values
-        soft = (logit - last).sigmoid().to(score_BL.dtype)
+    soft = choice(logit, split.kept, noise).to(score_BL.dtype)
     return split, hard + (soft - soft.detach())
 
 

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from foveate.errors import BudgetError, ConfigError
+from foveate.errors import BudgetError
+from foveate.geometry.soft_estimators import estimator_of
 from foveate.geometry.split import Split, soft_topk
 from foveate.nn.attention import Packing
 
@@ -65,20 +66,22 @@ class Pruned:
         gate: 1 on kept and 0 on pruned tokens, with the gradient of the estimator.
         score: importance of every token.
         packing: kept tokens per image.
+        gate_pruned: whether the pruned tokens carry the gate too.
     """
 
     split: Split
     gate: Float[Tensor, " T"]
     score: Float[Tensor, " T"]
     packing: Packing
+    gate_pruned: bool = True
 
     def apply(self, x_TD: Float[Tensor, "T D"]) -> tuple[Float[Tensor, "K D"], Float[Tensor, "R D"]]:
-        """Return the kept and the pruned tokens; both carry the gate's gradient, of opposite sign."""
+        """Return the kept and the pruned tokens; where both carry the gate's gradient, it is of opposite sign."""
         kept, pruned = self.split.gather(x_TD[None])
         if not self.gate.requires_grad:
             return kept[0], pruned[0]
         gate_kept, gate_pruned = self.split.gather(self.gate[None, :, None].to(x_TD.dtype))
-        return (kept * gate_kept)[0], (pruned * (1 - gate_pruned))[0]
+        return (kept * gate_kept)[0], (pruned * (1 - gate_pruned) if self.gate_pruned else pruned)[0]
 
 
 def keep_counts(length: int, keep_ratio: KeepRatio, num_stages: int) -> tuple[int, ...]:
@@ -120,8 +123,10 @@ class TokenPruner(nn.Module):
 
     Args:
         scorer: maps tokens ``[T, D]`` and their `Packing` to scores ``[T]``.
-        estimator: gradient of the choice: "threshold" (sigmoid of the distance to the last kept score) or "softmax"
-            (the published one, whose gradient falls with 1 / L).
+        estimator: gradient of the choice: "threshold" (default), "softmax" (published), "lapsum" or "perturbed", see
+            `foveate.geometry.soft_estimators`.
+        gate_pruned: whether pruned tokens carry the gate as well (published), so that a score learns how useful its
+            token would be where it is kept minus how useful it is where it is pruned; otherwise the first alone.
 
     Raises:
         ConfigError: an unknown estimator.
@@ -131,11 +136,10 @@ class TokenPruner(nn.Module):
     generator and can be annealed; a gate acts once, at its own prune point.
     """
 
-    def __init__(self, scorer: nn.Module, estimator: str = "threshold") -> None:
+    def __init__(self, scorer: nn.Module, estimator: str = "threshold", *, gate_pruned: bool = True) -> None:
         super().__init__()
-        if estimator not in ("threshold", "softmax"):
-            raise ConfigError(f"estimator={estimator!r} is neither 'threshold' nor 'softmax'; choose one")
-        self.scorer, self.estimator = scorer, estimator
+        estimator_of(estimator)
+        self.scorer, self.estimator, self.gate_pruned = scorer, estimator, gate_pruned
 
     def forward(
         self, x_TD: Float[Tensor, "T D"], packing: Packing, keep: Sequence[int], pruning: Pruning = AS_TRAINED
@@ -165,4 +169,5 @@ class TokenPruner(nn.Module):
             gates.append(gate[0])
             offset += len(score_L)
         split = Split(torch.cat(kept)[None], torch.cat(left)[None])
-        return Pruned(split, torch.cat(gates), score_T, Packing(tuple(keep), x_TD.device))
+        packing = Packing(tuple(keep), x_TD.device)
+        return Pruned(split, torch.cat(gates), score_T, packing, gate_pruned=self.gate_pruned)
