@@ -239,14 +239,45 @@ class Encoder(nn.Module):
             ShapeError: the patches do not fit the weights.
             BudgetError: an impossible ``keep_ratio``.
         """
-        config, whole = self.config, patches
+        whole = patches
         patches = patches if self.training or len(self.pruners) else enough_rows(patches)
+        out = self.run_blocks(*self.embed(patches), patches.lengths, pruning)
+        kept = tuple(x_TD[: len(whole.pixels)] for x_TD in out.hidden)
+        return EncoderOutput(kept, out.prefix[: whole.num_images], out.parts)
+
+    def embed(self, patches: Patches) -> tuple[Float[Tensor, "T D"], Tensor | None]:
+        """What a pack's leaves show, where they lie and how large they are; and the angles of their rotary position.
+
+        Args:
+            patches: the pack.
+
+        Raises:
+            ShapeError: the patches do not fit the weights.
+        """
         x_TD = self.patch_embed(patches) + self._positions(patches) + self.geometry_embed(patches)
-        angles = rotary_angles(patches, self.width // config.num_heads) if config.rope else None
-        trail = Trail(patches.lengths, config.num_prefix, None, x_TD.device)
-        x_AD = trail.with_prefix(x_TD, self._prefix(x_TD).expand(patches.num_images, -1, -1))
+        angles = rotary_angles(patches, self.width // self.config.num_heads) if self.config.rope else None
+        return x_TD, angles
+
+    def run_blocks(
+        self, x_TD: Float[Tensor, "T D"], angles: Tensor | None, lengths: tuple[int, ...], pruning: Pruning = AS_TRAINED
+    ) -> EncoderOutput:
+        """Everything behind the embedding: one graph for given lengths, which never waits for the device.
+
+        Args:
+            x_TD: embedded patches of a pack.
+            angles: of the rotary position, where the encoder turns.
+            lengths: tokens of each image.
+            pruning: as in `forward`.
+
+        Raises:
+            BudgetError: an impossible ``keep_ratio``.
+        """
+        config = self.config
+        trail = Trail(lengths, config.num_prefix, None, x_TD.device)
+        x_AD = trail.with_prefix(x_TD, self._prefix(x_TD).expand(len(lengths), -1, -1))
         packing, turn = trail.packing, _turn(angles, trail)
-        hidden, parts = [], list[Part]()
+        hidden: list[Tensor] = []
+        parts: list[Part] = []
         for index, block in enumerate(self.blocks):
             if config.checkpoint and self.training:
                 x_AD = recompute(block, x_AD, packing, turn, use_reentrant=False)
@@ -255,28 +286,27 @@ class Encoder(nn.Module):
             if index in config.blocks[:-1]:
                 hidden.append(_whole(trail.part(trail.take_apart(x_AD)[0]), parts))
             if str(index) in self.pruners:
-                x_AD, trail = self._prune(index, x_AD, trail, patches, pruning, parts)
+                x_AD, trail = self._prune(index, x_AD, trail, lengths, pruning, parts)
                 packing, turn = trail.packing, _turn(angles, trail)
         x_KD, prefix = trail.take_apart(self.norm(x_AD))
         last = trail.part(x_KD)
         hidden.append(_whole(last, parts))
         if parts:
             parts.append(last)
-        kept = tuple(x_TD[: len(whole.pixels)] for x_TD in hidden)
-        return EncoderOutput(kept, prefix[: whole.num_images], tuple(parts))
+        return EncoderOutput(tuple(hidden), prefix, tuple(parts))
 
     def _prune(
         self,
         index: int,
         x_AD: Tensor,
         trail: Trail,
-        patches: Patches,
+        lengths: tuple[int, ...],
         pruning: Pruning,
         parts: list[Part],
     ) -> tuple[Tensor, Trail]:
         """Send tokens away behind a block; returns what goes on."""
         stage, ratio = len(parts), pruning.keep_ratio or self.config.keep_ratio
-        keep = [keep_counts(length, ratio, len(self.pruners))[stage] for length in patches.lengths]
+        keep = [keep_counts(length, ratio, len(self.pruners))[stage] for length in lengths]
         x_KD, prefix = trail.take_apart(x_AD)
         pruned: Pruned = self.pruners[str(index)](x_KD, Packing(trail.lengths, x_KD.device), keep, pruning)
         kept, gone = pruned.apply(x_KD)

@@ -58,6 +58,8 @@ class TokenScorer(nn.Module):
         own_TF, shared_TF = functional.gelu(self.embed(self.norm(x_TD))).chunk(2, dim=1)
         means = [part.mean(0, keepdim=True).expand(len(part), -1) for part in shared_TF.split(list(packing.lengths))]
         score = torch.cat([own_TF, torch.cat(means)], dim=1)
-        for index, layer in enumerate(self.head):
-            score = layer(functional.gelu(score) if index or not self.published else score)
-        return functional.logsigmoid(score[:, 0]) if self.published else score[:, 0]
+        with torch.autocast(score.device.type, enabled=False):  # equal numbers of half precision have no order
+            score = score.to(self.embed.weight.dtype)
+            for index, layer in enumerate(self.head):
+                score = layer(functional.gelu(score) if index or not self.published else score)
+            return functional.logsigmoid(score[:, 0]) if self.published else score[:, 0]
