@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from foveate.errors import ConfigError
 from foveate.tasks.settings import (
@@ -32,14 +32,20 @@ __all__ = [
     "TreeConfig",
     "config_from_dict",
     "config_to_dict",
+    "load_as",
     "load_config",
     "parse_bytes",
+    "read_settings",
     "save_config",
+    "task_of",
 ]
+
+Config = TypeVar("Config")
+SEGMENTATION = "segmentation"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> FitConfig:
-    """Read one YAML file, put the overrides on top, and check everything.
+    """Read one YAML file about segmentation, put the overrides on top, and check everything.
 
     Args:
         path: YAML file; what it leaves out keeps its default.
@@ -51,6 +57,46 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> FitConfig:
 
     Raises:
         ConfigError: the file is missing or not YAML, or a setting is unknown, of the wrong type or contradictory.
+    """
+    return load_as(FitConfig, path, overrides)
+
+
+def load_as(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The same for the settings of any task.
+
+    Args:
+        kind: the settings' class, such as `FitConfig`.
+        path: as in `load_config`.
+        overrides: as in `load_config`.
+
+    Raises:
+        ConfigError: as in `load_config`, or the file is about another task.
+    """
+    given = read_settings(path, overrides)
+    wanted = getattr(kind, "task", SEGMENTATION)
+    if task_of(given) != wanted:
+        raise ConfigError(f"{path} is about {task_of(given)}, not {wanted}: give another file, or set task: {wanted}")
+    return config_from_dict(given if hasattr(kind, "task") else _without_task(given), kind)
+
+
+def task_of(settings: Mapping[str, Any]) -> str:
+    """What a file of settings is about: its ``task``, or ``segmentation`` where it does not say.
+
+    Args:
+        settings: from `read_settings`.
+    """
+    return str(settings.get("task", SEGMENTATION))
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Mapping[str, Any]:
+    """What a YAML file says, with the overrides on top; nothing is checked yet.
+
+    Args:
+        path: as in `load_config`.
+        overrides: as in `load_config`.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or an override has no value.
     """
     import yaml
 
@@ -71,45 +117,56 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> FitConfig:
         if not equals or not key:
             raise ConfigError(f"{option} has no value: write {key or 'NAME'}=VALUE")
         given = _merge(given, _nested(key, _value(value)))
-    return config_from_dict(given)
+    return given
 
 
-def config_from_dict(values: Mapping[str, Any]) -> FitConfig:
+@typing.overload
+def config_from_dict(values: Mapping[str, Any]) -> FitConfig: ...
+
+
+@typing.overload
+def config_from_dict(values: Mapping[str, Any], kind: type[Config]) -> Config: ...
+
+
+def config_from_dict(values: Mapping[str, Any], kind: type[Any] = FitConfig) -> Any:
     """The settings that a nested dictionary describes, such as :func:`config_to_dict` returns.
 
     Args:
         values: nested settings; what is left out keeps its default.
+        kind: the settings' class.
 
     Raises:
         ConfigError: a setting is unknown, of the wrong type or contradictory.
     """
     from jsonargparse import ArgumentParser
 
-    _check_keys(FitConfig, values, "")
+    _check_keys(kind, kind, values, "")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(FitConfig)
+    parser.add_class_arguments(kind)
     try:
         complete = parser.parse_object(_plain(dict(values)))
     except Exception as error:  # noqa: BLE001 - jsonargparse has no common base; all of them are mistakes in settings
         raise ConfigError(_one_line(error)) from None
-    config = _build(FitConfig, complete.as_dict())
-    assert isinstance(config, FitConfig)
-    return config
+    return _build(kind, complete.as_dict())
 
 
-def config_to_dict(config: FitConfig) -> dict[str, Any]:
+def config_to_dict(config: Any) -> dict[str, Any]:
     """The settings as plain nested dictionaries, lists and scalars, in the order of the fields."""
     plain = _plain(dataclasses.asdict(config))
     assert isinstance(plain, dict)
     return plain
 
 
-def save_config(config: FitConfig, path: str | Path) -> None:
+def save_config(config: Any, path: str | Path) -> None:
     """Write the complete settings as YAML that :func:`load_config` reads back equal."""
     import yaml
 
     text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")
+
+
+def _without_task(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key != "task"}
 
 
 def _plain(value: Any) -> Any:
@@ -150,7 +207,7 @@ def _fields(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _check_keys(kind: type, given: object, where: str) -> None:
+def _check_keys(root: type, kind: type, given: object, where: str) -> None:
     """Refuse a name that no setting has, with the closest one that exists."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where or 'the settings'}={given!r} is not a group of settings: write NAME: VALUE lines")
@@ -158,15 +215,24 @@ def _check_keys(kind: type, given: object, where: str) -> None:
     for key, value in given.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in known:
-            close = _closest(name)
+            close = _closest(root, name)
             hint = f"did you mean {close}?" if close else f"known are {', '.join(known)}"
             raise ConfigError(f"{name} is not a setting: {hint}")
         if dataclasses.is_dataclass(known[key]) and isinstance(known[key], type):
-            _check_keys(known[key], value, name)
+            _check_keys(root, known[key], value, name)
+        named = _named(known[key])
+        for inner, group in value.items() if named and isinstance(value, Mapping) else ():
+            _check_keys(root, named or kind, group, f"{name}.{inner}")
 
 
-def _closest(name: str) -> str | None:
-    names = list(_all_names(FitConfig, ""))
+def _named(hint: Any) -> type | None:
+    """The class of the groups of settings that have names of the user's own: D of ``dict[str, D]``."""
+    options = typing.get_args(hint) if typing.get_origin(hint) is dict else ()
+    return next((option for option in options if dataclasses.is_dataclass(option) and isinstance(option, type)), None)
+
+
+def _closest(root: type, name: str) -> str | None:
+    names = list(_all_names(root, ""))
     leaf = name.rpartition(".")[2]
     same = [known for known in names if known.rpartition(".")[2] == leaf]
     found = same or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
@@ -181,6 +247,8 @@ def _all_names(kind: type, where: str) -> Iterator[str]:
         name = f"{where}.{key}" if where else key
         if dataclasses.is_dataclass(value) and isinstance(value, type):
             yield from _all_names(value, name)
+        elif named := _named(value):
+            yield from _all_names(named, f"{name}.NAME")
         yield name
 
 
@@ -191,6 +259,8 @@ def _build(kind: type, values: Mapping[str, Any]) -> Any:
         value = values[name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             value = _build(hint, value)
+        elif named := _named(hint):
+            value = {key: _build(named, group) for key, group in value.items()}
         elif _is_tuple(hint) and value is not None:
             value = tuple(value)
         arguments[name] = value
