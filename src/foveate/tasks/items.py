@@ -216,7 +216,7 @@ def inside(root: Path, text: str, where: str) -> Path:
 def _read_manifest(root: Path, data: DataConfig) -> list[dict[str, Any]]:
     assert data.manifest is not None
     path = inside(root, data.manifest, "data.manifest")
-    rows = _rows(path)
+    rows = read_rows(path)
     if not rows:
         raise FormatError(f"{path} has no rows: name at least one image, or remove data.manifest")
     if "image" in rows[0]:
@@ -232,11 +232,19 @@ def _read_manifest(root: Path, data: DataConfig) -> list[dict[str, Any]]:
         stem = str(row[data.manifest_id])
         if stem not in files:
             raise FormatError(f"{path} row {number} names {stem!r}, no file of data.images={data.images!r}: correct it")
-        result.append({**_checked(path, number, row), "image": files[stem]})
+        result.append({**group_split_sizes(path, number, row), "image": files[stem]})
     return result
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a manifest, every one with the same columns.
+
+    Args:
+        path: a CSV or JSONL file.
+
+    Raises:
+        FormatError: it is neither, or not readable as what it is.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() in (".jsonl", ".ndjson"):
@@ -253,7 +261,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _checked(path: Path, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
+def group_split_sizes(path: Path, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says beside its files: ``group``, ``split``, ``mpp`` and ``spacing``, None where it is silent.
+
+    Args:
+        path: of the manifest, for messages.
+        number: of the row, from 1.
+        row: its columns.
+
+    Raises:
+        FormatError: an unknown split, or sizes that are none.
+    """
     split = row.get("split") or None
     if split is not None and split not in SPLITS:
         raise FormatError(f"{path} row {number} has split={split!r}: write train, val or test, or leave it empty")
@@ -291,7 +309,7 @@ def _paths(root: Path, path: Path, number: int, row: Mapping[str, Any]) -> dict[
             raise FormatError(f"{where} names {row[column]!r}, which is not a file below {root}: correct it")
     if "image" not in files:
         raise FormatError(f"{where} has no image: name one, or remove the row")
-    return {**_checked(path, number, row), **files}
+    return {**group_split_sizes(path, number, row), **files}
 
 
 def assign(items: Sequence[Item], split: str) -> tuple[Item, ...]:

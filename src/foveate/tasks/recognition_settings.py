@@ -1,6 +1,6 @@
 """Every setting of a recognition run: a table of images with labels in, a classifier that chooses its patches out.
 
-A run is described by a YAML file with ``task: recognition`` and the parts ``data``, ``select``, ``model``, ``train`` and
+A run is a YAML file with ``task: recognition`` and the parts ``data``, ``select``, ``model``, ``train`` and
 ``out``.
 """
 
@@ -24,7 +24,7 @@ class LabelSpec:
     (one of several that have an order) or ``regression`` (a number)."""
     column: str | None = None
     """Column of the table; ``null``: the name of the task."""
-    values: list[int | str] | None = None
+    values: list[str | int] | None = None
     """Names of the classes in their order; ``null``: those in the table, numbers by size and words by alphabet."""
     scale: list[float] | None = None
     """Mean and deviation by which a number is learned; ``null``: those of the training rows."""
