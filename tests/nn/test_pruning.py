@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from foveate.nn.scorer import TokenScorer
 
 TINY = {"width": 16, "depth": 4, "num_heads": 2, "patch_size": 4, "pos_grid": 4, "decoder_width": 4}
 POINTS = {"prune_after": (0, 2), "keep_ratio": (0.5, 0.25)}
-COMPLETIONS = ["none", "cross", "block", "mask"]
+COMPLETIONS = ["none", "cross", "block", "mask", "last"]
 
 
 def tiny(name: str = "scd_vit_tiny", **changes: object) -> fv.SegmentationModel:
@@ -98,7 +99,7 @@ def test_unknown_parts_are_refused(changes: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("decoder", ["sparse", "token"])
-@pytest.mark.parametrize("completion", ["none", "cross"])
+@pytest.mark.parametrize("completion", ["none", "cross", "last"])
 @pytest.mark.parametrize("num_dims", [2, 3])
 def test_keeping_everything_is_the_unpruned_model(num_dims: int, completion: str, decoder: str) -> None:
     """Neutrality: at keep_ratio=1 the logits are those of the model without prune points."""
@@ -154,6 +155,32 @@ def test_the_place_in_the_sequence_carries_no_meaning(completion: str) -> None:
     order = torch.randperm(len(patches.pixels), generator=torch.Generator().manual_seed(3))
     turned = model(patches.select([order]))
     torch.testing.assert_close(turned, model(patches)[order], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("completion", COMPLETIONS)
+def test_what_completion_makes_of_pruned_tokens(completion: str) -> None:
+    """Each ablation reads what it says: the state that a token left with, one vector, or nothing."""
+    model, patches = tiny(completion=completion).eval(), pack_of()
+    parts = model.encoder(patches).parts
+    assert model.assembler is not None
+
+    def assembled(shift: float) -> Tensor:
+        moved = [replace(part, x=part.x + shift * torch.randn_like(part.x)) for part in parts[:-1]]
+        return model.assembler([*moved, parts[-1]], patches)  # type: ignore[misc]
+
+    out, gone = assembled(0.0), torch.cat([part.rows for part in parts[:-1]])
+    assert torch.equal(out, assembled(1.0)) == (completion in ("mask", "last")), "the state at leaving is read"
+    if completion == "last":
+        assert not out[gone].any()
+    if completion in ("none", "cross", "last"):
+        assert torch.equal(out[parts[-1].rows], parts[-1].x), "kept tokens pass as they are"
+
+
+@pytest.mark.parametrize("completion", COMPLETIONS)
+def test_every_weight_has_a_use(completion: str) -> None:
+    model, patches = tiny(completion=completion), pack_of()
+    model(patches).square().sum().backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
 
 
 def test_the_same_noise_makes_the_same_choice() -> None:

@@ -46,9 +46,12 @@ class ModelConfig(EncoderConfig):
     scorer: str = "light"
     """Token importance where tokens are pruned: ``light``, or ``published`` (19 times as costly)."""
     estimator: str = "threshold"
-    """Gradient of the choice of tokens: ``threshold``, or ``softmax`` (published)."""
+    """Gradient of the choice of tokens: ``threshold``, ``softmax`` (published), ``lapsum`` or ``perturbed``."""
+    gate_pruned: bool = True
+    """Whether pruned tokens carry the gradient of the choice as well (published), with the opposite sign."""
     completion: str = "cross"
-    """How pruned tokens catch up before decoding: ``cross``, ``none``, ``block`` (published) or ``mask``."""
+    """How pruned tokens catch up before decoding: ``cross``, ``none`` or ``block`` (published); or, as in the paper's
+    ablations, what stands in for them: ``mask`` (a learned vector) or ``last`` (nothing)."""
     active_stage: int = -1
     """Index of the prune point whose kept tokens the ``sparse`` decoder decodes at full resolution; -1: the last."""
 
@@ -86,7 +89,7 @@ def build_model(config: ModelConfig) -> "SegmentationModel":
     )
     for block in config.prune_after:
         scorer = TokenScorer(config.width, published=config.scorer == "published")
-        encoder.add_pruner(block, TokenPruner(scorer, config.estimator))
+        encoder.add_pruner(block, TokenPruner(scorer, config.estimator, gate_pruned=config.gate_pruned))
     return SegmentationModel(config, encoder, decoder, _assembler(config) if config.prune_after else None)
 
 

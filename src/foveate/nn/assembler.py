@@ -15,7 +15,7 @@ from foveate.nn.attention import Packing, attend
 from foveate.nn.embed import GeometryEmbed
 from foveate.nn.trail import Part
 
-COMPLETIONS = ("none", "cross", "block", "mask")
+COMPLETIONS = ("none", "cross", "block", "mask", "last")
 
 
 class CrossAttention(nn.Module):
@@ -50,7 +50,7 @@ class TokenAssembler(nn.Module):
 
     Kept tokens pass as they are ("none", "cross"), so that with nothing pruned the result is the encoder's own. A token
     that left at prune point j goes through a norm and a linear map of its own, gets the code of j and the code of its
-    place and size; then completion lets it catch up.
+    place and size; then completion lets it catch up. "mask" and "last" assemble nothing; they are ablations.
 
     Args:
         num_dims: N.
@@ -58,8 +58,8 @@ class TokenAssembler(nn.Module):
         num_heads: of the attention in completion; must divide D.
         num_stages: prune points.
         completion: "cross": pruned tokens attend to the kept ones (default); "none"; "block": one transformer block
-            over all tokens, as published; "mask": pruned tokens are replaced by one learned vector before the block,
-            the baseline of the paper's ablation.
+            over all tokens, as published; "mask": pruned tokens are replaced by one learned vector before the block;
+            "last": by zeros, so that only what was kept to the end is decoded from.
         block: the transformer block of "block" and "mask", mapping ``[T, D]`` and a `Packing` to ``[T, D]``.
 
     Raises:
@@ -88,10 +88,11 @@ class TokenAssembler(nn.Module):
             there = "missing" if block is None else "given"
             raise ConfigError(f"completion={completion!r} with its block {there}; only 'block' and 'mask' have one")
         self.completion = completion
-        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in range(num_stages))
-        self.maps = nn.ModuleList(nn.Linear(width, width) for _ in range(num_stages))
-        self.codes = nn.Parameter(torch.zeros(num_stages, width))
-        self.geometry_embed = GeometryEmbed(num_dims, width)
+        stages = range(0 if completion in ("mask", "last") else num_stages)
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in stages)
+        self.maps = nn.ModuleList(nn.Linear(width, width) for _ in stages)
+        self.codes = nn.Parameter(torch.zeros(len(stages), width)) if stages else None
+        self.geometry_embed = None if completion == "last" else GeometryEmbed(num_dims, width)
         self.mask_token = nn.Parameter(torch.zeros(width)) if completion == "mask" else None
         self.cross = CrossAttention(width, num_heads) if completion == "cross" else None
         self.block = block
@@ -112,9 +113,8 @@ class TokenAssembler(nn.Module):
         left = tuple(sum(part.lengths[image] for part in gone) for image in range(patches.num_images))
         if not sum(left) and self.block is None:
             return kept.x
-        code_TD = self.geometry_embed(patches)
-        tokens = [self._coded(stage, part) + code_TD.index_select(0, part.rows) for stage, part in enumerate(gone)]
-        x_RD = _by_image(tokens, gone)
+        code_TD = None if self.geometry_embed is None else self.geometry_embed(patches)
+        x_RD = _by_image([self._coded(stage, part, code_TD) for stage, part in enumerate(gone)], gone)
         if self.cross is not None:
             packings = Packing(left, x_RD.device), Packing(kept.lengths, x_RD.device)
             x_RD = self.cross(x_RD, packings[0], kept.x, packings[1])
@@ -123,11 +123,15 @@ class TokenAssembler(nn.Module):
         x_TD = torch.cat([x_RD, kept.x]).index_select(0, inverse)
         return x_TD if self.block is None else self.block(x_TD, Packing(patches.lengths, x_TD.device))
 
-    def _coded(self, stage: int, part: Part) -> Tensor:
-        if self.mask_token is not None:
-            return self.mask_token.expand(len(part.rows), -1)
+    def _coded(self, stage: int, part: Part, code_TD: Tensor | None) -> Tensor:
+        if code_TD is None:
+            return torch.zeros_like(part.x)
+        place_RD = code_TD.index_select(0, part.rows)
+        if self.codes is None:
+            assert self.mask_token is not None
+            return self.mask_token + place_RD
         mapped: Tensor = self.maps[stage](self.norms[stage](part.x))
-        return mapped + self.codes[stage]
+        return mapped + self.codes[stage] + place_RD
 
 
 def _by_image(values: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
