@@ -17,6 +17,7 @@ from foveate.geometry.patches import Patches, pack
 from foveate.nn.attention import Attention, Packing, Rotate
 from foveate.nn.embed import GeometryEmbed, PatchEmbed, grid_weights, rotary_angles, rotate
 from foveate.nn.pruner import AS_TRAINED, KeepRatio, Pruned, Pruning, Scores, TokenPruner, keep_counts
+from foveate.nn.published import published_counts
 from foveate.nn.trail import Part, Trail
 
 
@@ -119,6 +120,9 @@ class Block(nn.Module):
         return out
 
 
+_SCHEDULES = {"exact": keep_counts, "published": published_counts}
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """Numbers of an encoder; the names of the parameters follow timm's ``VisionTransformer``."""
@@ -146,6 +150,10 @@ class EncoderConfig:
     keep_ratio: KeepRatio = 0.25
     """Share of the tokens that stays at each prune point, or the share of all tokens left after each; see
     ``keep_counts``."""
+    keep_schedule: str = "exact"
+    """How a share becomes a count: ``exact`` (``keep_counts``) or ``published`` (``published_counts``)."""
+    geometry_code: bool = True
+    """Add the learned code of place and size (``GeometryEmbed``) to the tokens."""
     out_blocks: tuple[int, ...] | None = None
     """Blocks whose output the decoder reads, ascending, the last block among them; None: four, evenly spaced."""
 
@@ -167,7 +175,10 @@ class EncoderConfig:
                 f"prune_after={self.prune_after} must ascend within 0..{self.depth - 2}, before the last of "
                 f"{self.depth} blocks; (2, 5, 8) suits 12 blocks"
             )
-        keep_counts(1, self.keep_ratio, len(points) if points else 1)
+        if self.keep_schedule not in _SCHEDULES:
+            raise ConfigError(f"keep_schedule={self.keep_schedule!r} is none of {', '.join(_SCHEDULES)}; choose one")
+        shares = len(self.keep_ratio) if isinstance(self.keep_ratio, tuple) else 1
+        _SCHEDULES[self.keep_schedule](10**9, self.keep_ratio, len(points) or shares)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -206,7 +217,7 @@ class Encoder(nn.Module):
         self.reg_token = nn.Parameter(torch.zeros(1, config.num_registers, width)) if config.num_registers else None
         entries = config.pos_grid**config.num_dims + (config.num_prefix if config.embed_prefix else 0)
         self.pos_embed = nn.Parameter(torch.zeros(1, entries, width))
-        self.geometry_embed = GeometryEmbed(config.num_dims, width)
+        self.geometry_embed = GeometryEmbed(config.num_dims, width) if config.geometry_code else None
         self.blocks = nn.ModuleList(
             Block(width, config.num_heads, config.mlp_ratio, config.layer_scale) for _ in range(config.depth)
         )
@@ -215,8 +226,9 @@ class Encoder(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
+        zero = self.geometry_embed.fc2 if self.geometry_embed is not None else None
         for module in self.modules():
-            if isinstance(module, nn.Linear) and module is not self.geometry_embed.fc2:
+            if isinstance(module, nn.Linear) and module is not zero:
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -254,7 +266,9 @@ class Encoder(nn.Module):
         Raises:
             ShapeError: the patches do not fit the weights.
         """
-        x_TD = self.patch_embed(patches) + self._positions(patches) + self.geometry_embed(patches)
+        x_TD = self.patch_embed(patches) + self._positions(patches)
+        if self.geometry_embed is not None:
+            x_TD = x_TD + self.geometry_embed(patches)
         angles = rotary_angles(patches, self.width // self.config.num_heads) if self.config.rope else None
         return x_TD, angles
 
@@ -306,7 +320,8 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, Trail]:
         """Send tokens away behind a block; returns what goes on."""
         stage, ratio = len(parts), pruning.keep_ratio or self.config.keep_ratio
-        keep = [keep_counts(length, ratio, len(self.pruners))[stage] for length in lengths]
+        counts = _SCHEDULES[self.config.keep_schedule]
+        keep = [counts(length, ratio, len(self.pruners))[stage] for length in lengths]
         x_KD, prefix = trail.take_apart(x_AD)
         pruned: Pruned = self.pruners[str(index)](x_KD, Packing(trail.lengths, x_KD.device), keep, pruning)
         kept, gone = pruned.apply(x_KD)

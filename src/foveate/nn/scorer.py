@@ -41,7 +41,7 @@ class TokenScorer(nn.Module):
         hidden = width if published else features
         ends = [hidden, width // 2, width // 4, 1] if published else [hidden, 1]
         self.published = published
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=1e-5 if published else 1e-6)
         self.embed = nn.Linear(width, hidden)
         self.head = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(ends))
         for layer in (self.embed, *self.head):
