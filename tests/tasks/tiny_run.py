@@ -42,5 +42,5 @@ def tiny_config(root: Path, out: Path, **changes: Any) -> FitConfig:
         "out": str(out),
     }
     for key, change in changes.items():
-        values[key] = values[key] | change if isinstance(change, dict) else change
+        values[key] = values.get(key, {}) | change if isinstance(change, dict) else change
     return config_from_dict(values)

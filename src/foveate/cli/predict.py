@@ -21,6 +21,12 @@ def run(words: list[str]) -> int:
     parser.add_argument(
         "--max-leaves", metavar="N", type=count, help="leaves per image at most (default: as in training)"
     )
+    parser.add_argument(
+        "--window",
+        metavar="N",
+        type=count,
+        help="side of sliding windows in pixels, 0: whole (default: as in training)",
+    )
     parser.add_argument("--overlay", action="store_true", help="also write a picture of the mask and the leaves")
     parser.add_argument("--heatmap", action="store_true", help="also write a picture of the probabilities")
     parser.add_argument("--probability", action="store_true", help="also write the probabilities, as TIFF")
@@ -48,6 +54,7 @@ def run(words: list[str]) -> int:
         mpp=args.mpp,
         broken=args.broken,
         max_leaves=args.max_leaves,
+        window=args.window,
         probability=args.probability,
         overlay=args.overlay,
         heatmap=args.heatmap,

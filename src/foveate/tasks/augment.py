@@ -14,43 +14,38 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 LIGHT = 0.5
 """Strength up to which images are only mirrored and turned."""
 
+NumpyArray = NDArray[Any]
+
 
 def random_window(
-    image: Float32[Tensor, "C *S"], labels: UInt8[Tensor, "*S"], window: int, generator: np.random.Generator
-) -> tuple[Float32[Tensor, "C *s"], UInt8[Tensor, "*s"]]:
-    """A random part of the image; every second one, on average, holds a pixel of some class, so that sparse classes
-    are seen.
+    labels: UInt8[NumpyArray, "*S"], window: int, generator: np.random.Generator, balance: float = 0.5
+) -> tuple[slice, ...]:
+    """Where a random part of an image lies; a share of them hold a pixel of a class, so that sparse ones are seen.
 
     Args:
-        image: whole image.
-        labels: its labels; 0 and 255 do not attract windows.
+        labels: of the whole image; 0 and 255 do not attract windows.
         window: side in pixels; an axis that is shorter is kept whole.
         generator: source of all chance.
+        balance: share of the windows that hold a pixel of a class, each class of the image alike.
 
-    Returns:
-        Views of the image and its labels.
+    Cost: one or two passes over the labels.
     """
-    shape = labels.shape
-    sides = [min(window, side) for side in shape]
-    start = [int(generator.integers(side - part + 1)) for side, part in zip(shape, sides, strict=True)]
-    if generator.random() < 0.5:
-        wanted = ((labels > 0) & (labels < 255)).flatten().nonzero()[:, 0]
-        pick = generator.random()
-        if len(wanted):
-            flat = int(wanted[int(pick * len(wanted))])
-            point = [int(axis) for axis in np.unravel_index(flat, tuple(shape))]
-            offset = [int(generator.integers(part)) for part in sides]
-            start = [
-                min(max(at - off, 0), side - part)
-                for at, off, side, part in zip(point, offset, shape, sides, strict=True)
-            ]
-    box = tuple(slice(first, first + part) for first, part in zip(start, sides, strict=True))
-    return image[(slice(None), *box)], labels[box]
+    sides = [min(window, side) for side in labels.shape]
+    start = [int(generator.integers(side - part + 1)) for side, part in zip(labels.shape, sides, strict=True)]
+    if generator.random() < balance:
+        there = np.flatnonzero(np.bincount(labels.ravel(), minlength=256)[1:255]) + 1
+        if len(there):
+            wanted = np.flatnonzero(labels == there[int(generator.integers(len(there)))])
+            point = np.unravel_index(int(wanted[int(generator.integers(len(wanted)))]), labels.shape)
+            spans = zip(point, labels.shape, sides, strict=True)
+            start = [min(max(int(at) - int(generator.integers(part)), 0), side - part) for at, side, part in spans]
+    return tuple(slice(first, first + part) for first, part in zip(start, sides, strict=True))
 
 
 def augment(

@@ -211,7 +211,7 @@ class _Census:
         whole = {np.dtype(sort.split()[1]).kind in "bui" for sort in self.types}
         if len(dims) > 1:
             self.note("mixed dimensions", self.data.root, f"{shown}: one model takes one; make two sets")
-        elif len(whole) > 1 and self.data.normalise != "image":
+        elif len(whole) > 1 and self.data.normalise in ("range", "fixed"):
             remedy = (
                 f"data.normalise={self.data.normalise!r} cannot scale both: set it to 'image', or convert the files"
             )

@@ -21,7 +21,7 @@ from foveate.tasks.augment import augment, random_window
 from foveate.tasks.cut import cut, share_of
 from foveate.tasks.items import Item
 from foveate.tasks.labels import IGNORE, whole_labels
-from foveate.tasks.resize import limited_shape, shrink_image, shrink_labels
+from foveate.tasks.resize import resized_image, resized_spacing, shrink_labels, working_shape
 from foveate.tasks.settings import DataConfig, FitConfig
 from foveate.tasks.slides import Slide, vary_values
 from foveate.tasks.source import is_large, open_item, open_native, spacing_of, whole_box
@@ -125,12 +125,12 @@ class SegmentationData(Dataset[Sample]):
 
         Args:
             i: position in ``items``.
-            shrunk: at the size the model works on (``data.max_side``) instead of full resolution.
+            shrunk: at the size the model works on (``data.max_side``, ``data.resample``) instead of full resolution.
 
         Raises:
             FormatError: a file is unreadable, or image and mask differ in size.
         """
-        found = self._decoded(i, self.config.data.max_side if shrunk else None)
+        found = self._decoded(i, shrunk)
         if isinstance(found, Slide):
             return found
         labels = None if found.labels is None else torch.from_numpy(found.labels)
@@ -156,7 +156,7 @@ class SegmentationData(Dataset[Sample]):
         Raises:
             FormatError: a file is unreadable, or there is no mask.
         """
-        found = self._decoded(i, None)
+        found = self._decoded(i, False)
         if isinstance(found, Slide):
             return found.counts()
         return np.bincount(self._labels(i, found).ravel(), minlength=IGNORE + 1)
@@ -172,20 +172,19 @@ class SegmentationData(Dataset[Sample]):
         generator = np.random.default_rng(seed)
         item = i // data.windows if self.train else i
         is_whole = not self.train or data.share_whole >= 1 or 0 < data.share_whole > generator.random()
-        found = self._decoded(item, data.max_side)
+        found = self._decoded(item, True)
         if isinstance(found, Slide):
             if is_whole:
                 return self._whole(item, found, generator)
             image, labels, config = found.window(self.config, generator)
         else:
-            image, labels = normalise(found.image, found.scale, data), torch.from_numpy(self._labels(item, found))
-            config = _settings_of(found, self.config)
+            truth, part, config = self._labels(item, found), found.image, _settings_of(found, self.config)
             if not is_whole:
                 assert data.window is not None
-                num_pixels = image[0].numel()
-                image, labels = random_window(image, labels, data.window, generator)
-                tree = share_of(config.tree, image[0].numel() / num_pixels, labels.shape)
-                config = replace(config, tree=tree)
+                box = random_window(truth, data.window, generator, data.balance)
+                truth, part = truth[box], part[(slice(None), *box)]
+                config = replace(config, tree=share_of(config.tree, truth.size / found.image[0].size, truth.shape))
+            image, labels = normalise(part, found.scale, data), torch.from_numpy(np.ascontiguousarray(truth))
         if self.train:
             sides = config.data.spacing or (1.0, 1.0)
             square = abs(sides[-1] / sides[-2] - 1) < _SQUARE
@@ -208,27 +207,33 @@ class SegmentationData(Dataset[Sample]):
             raise FormatError(f"{self.items[i].image} has no mask: give one, or leave the image out of training")
         return found.labels
 
-    def _decoded(self, i: int, max_side: int | None) -> "Decoded | Slide":
-        found: Decoded | Slide | None = self._slides.get(i) or self._cache.get((i, max_side))
-        return self._read(i, max_side) if found is None else found
+    def _decoded(self, i: int, shrunk: bool) -> "Decoded | Slide":
+        data = self.config.data
+        shrunk = shrunk and (data.max_side is not None or data.resample is not None)
+        found: Decoded | Slide | None = self._slides.get(i) or self._cache.get((i, shrunk))
+        return self._read(i, shrunk) if found is None else found
 
-    def _read(self, i: int, max_side: int | None) -> "Decoded | Slide":
+    def _read(self, i: int, shrunk: bool) -> "Decoded | Slide":
         found = read_item(self.items[i], self.config.data)
         if isinstance(found, Slide):
             self._check_alike(i, len(found.shape), found.raster.dtype)
             self._slides[i] = found
             return found
         self._check_alike(i, found.image.ndim - 1, found.image.dtype)
-        shape = limited_shape(found.image.shape[1:], max_side)
-        labels = None if found.labels is None else shrink_labels(found.labels, shape)
-        found = replace(found, image=shrink_image(found.image, shape), labels=labels)
-        self._cache.put((i, max_side), found, found.image.nbytes + (0 if labels is None else labels.nbytes))
+        if shrunk:
+            old = found.image.shape[1:]
+            shape = working_shape(old, replace(self.config.data, spacing=found.spacing))
+            labels = None if found.labels is None else shrink_labels(found.labels, shape)
+            spacing = resized_spacing(found.spacing, old, shape)
+            found = replace(found, image=resized_image(found.image, shape), labels=labels, spacing=spacing)
+        size = found.image.nbytes + (0 if found.labels is None else found.labels.nbytes)
+        self._cache.put((i, shrunk), found, size)
         return found
 
     def _check_alike(self, i: int, num_dims: int, dtype: np.dtype[Any]) -> None:
         """Refuse images that the settings cannot bring to one scale, or one model not take."""
         sort = f"{num_dims}-D"
-        if self.config.data.normalise != "image":
+        if self.config.data.normalise in ("range", "fixed"):
             sort += " float" if dtype.kind == "f" else " integer"
         first, other = self._sort = self._sort or (sort, str(self.items[i].image))
         if first != sort:

@@ -1,31 +1,35 @@
-"""From an image to its mask: the one path that validation, evaluation and prediction share.
-
-Legend: T tokens, L leaves, K classes (background first), P samples per side, C channels, S image sides.
-"""
+"""Masks of files: one job for every input, all of its outputs or none."""
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from foveate.errors import ConfigError, FormatError, FoveateError
 from foveate.geometry.image import Real
 from foveate.geometry.leaves import Leaves
-from foveate.geometry.patches import Patches, patchify
 from foveate.geometry.source import Box
 from foveate.io.raster import Raster, broken_of, mended_of
 from foveate.io.spacing import check_mpp
 from foveate.io.write import unwritable
 from foveate.nn.pruner import Pruning
-from foveate.tasks.config import FitConfig, TreeConfig, load_config
-from foveate.tasks.cut import cut
+from foveate.tasks.config import FitConfig, TreeConfig
 from foveate.tasks.export import write_outputs
+from foveate.tasks.infer import (
+    SETTINGS,
+    Segmented,
+    infer,
+    left_of,
+    load_model,
+    logits_of,
+    paint,
+    patch_size_of,
+    prepare,
+    segment,
+)
 from foveate.tasks.inputs import find_inputs
 from foveate.tasks.items import Item
 from foveate.tasks.outputs import (
@@ -47,122 +51,13 @@ from foveate.tasks.outputs import (
 )
 from foveate.tasks.painting import Painting
 from foveate.tasks.part import Part, digest_of, part_folder
-from foveate.tasks.pruned_view import left_at
 from foveate.tasks.pruning import prunes
-from foveate.tasks.resize import limited_shape, shrink_image
 from foveate.tasks.run import find_model
 from foveate.tasks.source import is_large, open_item, open_native, slide_patches, spacing_of, whole_box
 from foveate.tasks.values import normalise, value_range, with_channels
+from foveate.tasks.windows import with_window
 
-SETTINGS = "fit.yaml"  # the run's settings, stored with the model so that nothing has to be repeated
-
-
-@dataclass(frozen=True, eq=False)
-class Segmented:
-    """What became of one image."""
-
-    labels: UInt8[Tensor, "*S"]  # class per pixel, at the image's own size
-    leaves: Leaves  # in the frame of the shrunk image where `max_side` applies
-    seconds: float  # shrink, cut, patches, model and painting
-    left: Int64[Tensor, " L"] | None = None  # prune point at which each leaf's token left, see `left_at`
-
-
-def prepare(image: Float[Tensor, "C *S"], config: FitConfig, patch_size: int) -> Patches:
-    """Shrink a normalised image where the settings say so, cut it, and take its patches.
-
-    Args:
-        image: Normalised, at full resolution.
-        config: Settings of the run.
-        patch_size: Samples per side of a token.
-    """
-    shape = limited_shape(tuple(image.shape[1:]), config.data.max_side)
-    small = torch.from_numpy(shrink_image(image.numpy(), shape))
-    leaves = cut(small, config.tree, patch_size, config.data.spacing)
-    return patchify(small, leaves, patch_size)
-
-
-def segment(
-    model: nn.Module, image: Float[Tensor, "C *S"], config: FitConfig, pruning: Pruning | None = None
-) -> Segmented:
-    """Segment one normalised image at full resolution.
-
-    Painting goes tile by tile, so that classes x pixels are never in memory; a pixel costs one byte.
-
-    Args:
-        model: Maps `Patches` to logits ``[T, K, *P]``; used as it is, on its own device.
-        image: Normalised as in training (see `SegmentationData.load`), at full resolution.
-        config: Settings of the run.
-        pruning: As in `logits_of`.
-
-    Cost: one pass over the pixels and the model over the tokens.
-    """
-    start = time.perf_counter()
-    patches = prepare(image, config, patch_size_of(model))
-    labels = paint(logits_of(model, patches, pruning), patches.leaves[0], tuple(image.shape[1:]))
-    seconds = time.perf_counter() - start
-    left = None if pruning is None or not pruning.scores else left_at(pruning.scores, len(patches.pixels))
-    return Segmented(labels, patches.leaves[0], seconds, left)
-
-
-def patch_size_of(model: nn.Module) -> int:
-    """Samples per side of a token of a model, from its ``config``."""
-    config: Any = getattr(model, "config", None)
-    assert config is not None
-    return int(config.patch_size)
-
-
-def logits_of(model: nn.Module, patches: Patches, pruning: Pruning | None = None) -> Float[Tensor, "T K *P"]:
-    """What the model says of the samples of every leaf, on the CPU.
-
-    Args:
-        model: As in `segment`.
-        patches: Tokens.
-        pruning: How to prune in this call, of a model that does; None: as it was configured.
-
-    Raises:
-        FoveateError: The output is not finite.
-    """
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        placed = patches.to(device)
-        logits: Tensor = (model(placed) if pruning is None else model(placed, pruning)).float().cpu()
-    if not bool(torch.isfinite(logits).all()):
-        raise FoveateError("the model's output holds NaN or Inf; train it again at a lower train.lr")
-    return logits
-
-
-def paint(values: Float[Tensor, "L K *P"], leaves: Leaves, shape: Sequence[int]) -> UInt8[Tensor, "*S"]:
-    """The class with the largest value at every pixel of the full-size image, tile by tile.
-
-    Args:
-        values: Logits, or shares per class, of one image's leaves.
-        leaves: Leaves of the image that was cut.
-        shape: Spatial shape of the image before it was shrunk.
-    """
-    return Painting(values, leaves, shape).labels
-
-
-def load_model(path: str | Path) -> tuple[Any, FitConfig]:
-    """Read a trained model and the settings it was trained with.
-
-    Args:
-        path: Run folder (its best model is taken), or a checkpoint's folder.
-
-    Returns:
-        The model in evaluation mode, on the accelerator where there is one, and the settings.
-
-    Raises:
-        FormatError: There is no complete model, or it was saved without its run's settings.
-    """
-    from foveate.models import SegmentationModel
-
-    folder = find_model(path)
-    if not (folder / SETTINGS).is_file():
-        raise FormatError(f"{folder}: has no {SETTINGS}, which says how images are prepared; give a run of foveate fit")
-    config = load_config(folder / SETTINGS)
-    model = SegmentationModel.from_pretrained(folder)
-    model.eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), config
+__all__ = ["SETTINGS", "Segmented", "load_model", "logits_of", "paint", "predict", "prepare", "segment"]
 
 
 def predict(
@@ -177,6 +72,7 @@ def predict(
     mpp: Real | None = None,
     broken: str | None = None,
     max_leaves: int | None = None,
+    window: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
     max_pixels: int | None = None,
@@ -201,6 +97,9 @@ def predict(
         mpp: Size of a pixel in um, instead of what the files or the manifest say.
         broken: What a tile that cannot be decoded does: ``raise``, ``fill``, or ``skip`` (255 in the mask). None: as
             in training.
+        max_leaves: Leaves per image at most. None: as in training.
+        window: Side of windows that slide over images that are held, instead of ``predict.window`` of the run; 0: the
+            whole image at once.
         overwrite: Replace outputs that are there already.
         resume: Leave alone what is complete, by its name and whatever made it; add pictures and probabilities that were
             not asked for then; and go on with what was interrupted, if model, settings and image are the same.
@@ -230,7 +129,7 @@ def predict(
     given = {"max_pixels": max_pixels, "broken": broken}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     data = replace(config.data, masks=None, cache=0, **changes)
-    config = replace(config, data=data, tree=_with_budget(config.tree, max_leaves))
+    config = with_window(replace(config, data=data, tree=_with_budget(config.tree, max_leaves)), window)
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -327,24 +226,24 @@ class _Job:
 
     def _values(self, item: Item, native: Raster) -> tuple[Tensor, Leaves, list[Box], Tensor | None]:
         """What the model says of every leaf, what could not be decoded, and where each token left the model."""
-        patches = self._patches(item, native)
+        pruning = Pruning(scores=[]) if prunes(self.model) else None
+        values, leaves = self._inferred(item, native, pruning)
         if mended := mended_of(native):
             what = f"{len(mended)} broken tiles of coarser levels were made from finer ones"
             self.warn(f"foveate: {item.image}: {what}, first {mended[:3]}")
-        pruning = Pruning(scores=[]) if prunes(self.model) else None
-        logits = logits_of(self.model, patches, pruning)
-        left = None if pruning is None else left_at(pruning.scores or [], len(logits))
-        return logits, patches.leaves[0], broken_of(native), left
+        return values, leaves, broken_of(native), left_of(pruning, len(leaves))
 
-    def _patches(self, item: Item, native: Raster) -> Patches:
-        """Cut one image as training does, whole or lazily."""
-        data, size = self.config.data, patch_size_of(self.model)
+    def _inferred(self, item: Item, native: Raster, pruning: Pruning | None) -> tuple[Tensor, Leaves]:
+        """Cut one image as training does, whole or lazily, and ask the model."""
+        data = self.config.data
         raster = open_item(item, data, native)
         if is_large(raster):
-            return slide_patches(raster, self.config, size)
+            patches = slide_patches(raster, self.config, patch_size_of(self.model))
+            return logits_of(self.model, patches, pruning), patches.leaves[0]
         image = with_channels(raster.read(whole_box(raster.shape)), data.channels, str(item.image))
         data = replace(data, spacing=spacing_of(item, data, raster))
-        return prepare(normalise(image, value_range(image, data), data), replace(self.config, data=data), size)
+        normalised = normalise(image, value_range(image, data), data)
+        return infer(self.model, normalised, replace(self.config, data=data), pruning)
 
 
 def _with_budget(tree: TreeConfig, max_leaves: int | None) -> TreeConfig:

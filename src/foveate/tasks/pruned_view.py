@@ -27,11 +27,12 @@ def left_at(scores: Sequence[Scores], num_leaves: int) -> Int64[Tensor, " L"]:
         scores: what every prune point of a forward pass thought, in order, see `Pruning.scores`.
         num_leaves: tokens of the image.
     """
-    left = torch.full((num_leaves,), -1, dtype=torch.int64)
+    rows = max((int(stage.rows.max()) + 1 for stage in scores), default=0)  # a tiny image is given several times over
+    left = torch.full((max(num_leaves, rows),), -1, dtype=torch.int64)
     for point, stage in enumerate(scores):
         left[stage.rows.cpu()] = point
         left[stage.rows.index_select(0, stage.kept).cpu()] = -1
-    return left
+    return left[:num_leaves]
 
 
 def describe_left(left: Int64[Tensor, " L"]) -> list[tuple[str, tuple[int, int, int]]]:

@@ -4,6 +4,7 @@ Images by area mean (no pixel is skipped), labels by nearest (no class is invent
 interpolation (a boundary between two samples stays smooth).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ import torch
 from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
+
+from foveate.errors import FormatError
+from foveate.tasks.settings_data import DataConfig
 
 NumpyArray = NDArray[Any]
 
@@ -26,6 +30,51 @@ def limited_shape(shape: tuple[int, ...], max_side: int | None) -> tuple[int, ..
         return shape
     factor = max_side / max(shape)
     return tuple(max(1, round(side * factor)) for side in shape)
+
+
+def working_shape(shape: tuple[int, ...], data: DataConfig) -> tuple[int, ...]:
+    """The shape that an image is cut at: at ``data.resample``, at most ``data.max_side``, or its own.
+
+    Args:
+        shape: spatial shape in pixels, as stored.
+        data: settings with the ``spacing`` of this image.
+
+    Raises:
+        FormatError: ``data.resample`` is set and nobody said what size the voxels have, or there are not three axes.
+    """
+    if data.resample is None:
+        return limited_shape(shape, data.max_side)
+    if data.spacing is None or len(shape) != 3:
+        raise FormatError(
+            f"an image of {' x '.join(map(str, shape))} has no size of a voxel along three axes, which data.resample="
+            f"{list(data.resample)} needs: give data.spacing, or set data.resample to null"
+        )
+    sizes = zip(shape, data.spacing, data.resample, strict=True)
+    return tuple(max(1, round(side * have / want)) for side, have, want in sizes)
+
+
+def resized_spacing(
+    spacing: Sequence[float] | None, shape: Sequence[int], new: Sequence[int]
+) -> tuple[float, ...] | None:
+    """Size of a pixel after an image of a shape was brought to a new one; None stays None."""
+    if spacing is None:
+        return None
+    return tuple(size * old / side for size, old, side in zip(spacing, shape, new, strict=True))
+
+
+def resized_image(image: Shaped[NumpyArray, "C *S"], shape: tuple[int, ...]) -> Shaped[NumpyArray, "C *s"]:
+    """An image brought to another shape: area mean along the axes that shrink, linear along those that grow.
+
+    Args:
+        image: as `shrink_image`.
+        shape: spatial shape wanted.
+    """
+    small = tuple(min(old, new) for old, new in zip(image.shape[1:], shape, strict=True))
+    image = shrink_image(image, small)
+    if small == shape:
+        return image
+    grown = restore_size(torch.from_numpy(image.astype(np.float32)), shape).numpy()
+    return grown.round().astype(image.dtype) if image.dtype.kind in "ui" else grown
 
 
 def shrink_image(image: Shaped[NumpyArray, "C *S"], shape: tuple[int, ...]) -> Shaped[NumpyArray, "C *s"]:

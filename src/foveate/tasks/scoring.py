@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from foveate.geometry.leaves import Leaves
-from foveate.geometry.patches import patchify_mask
+from foveate.geometry.paint import unpatchify
+from foveate.geometry.patches import Patches, patchify_mask
+from foveate.geometry.source import Box
 from foveate.nn.pruner import Pruning
 from foveate.tasks.data import SegmentationData
+from foveate.tasks.infer import Segmented, logits_of, paint, segment, working_frame
 from foveate.tasks.metrics import PixelMetrics, count_labels, tiles
 from foveate.tasks.painting import Painting
-from foveate.tasks.predict import Segmented, logits_of, paint, segment
 from foveate.tasks.pruning import prunes, selection_recall, token_worth
-from foveate.tasks.resize import limited_shape, shrink_labels
+from foveate.tasks.resize import shrink_labels
 from foveate.tasks.settings import FitConfig
 from foveate.tasks.slides import Slide
+from foveate.tasks.windows import slide_windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +75,15 @@ def score_item(
     pruning = Pruning(scores=[]) if prunes(model) else None
     result = segment(model, image, found.config, pruning)
     row = metrics.update(name, result.labels, labels, found.config.data.spacing)
-    reach = ceiling_row(name, labels, result.leaves, config, data.patch_size) if ceiling else None
-    recall = None if pruning is None else _recall(pruning, *leaf_labels(labels, result.leaves, config, data.patch_size))
+    if not ceiling:
+        reach = None
+    elif config.predict.window is None:
+        reach = ceiling_row(name, labels, result.leaves, config, data.patch_size)
+    else:
+        reach = _window_ceiling(name, image, labels, found.config, data.patch_size)
+    recall = None
+    if pruning is not None and result.left is not None:
+        recall = _recall(pruning, *leaf_labels(labels, result.leaves, config, data.patch_size))
     return Scored(row, reach, len(result.leaves), result.seconds, recall, (image, labels, result))
 
 
@@ -118,12 +128,27 @@ def ceiling_row(name: str, labels: Tensor, leaves: Leaves, config: FitConfig, pa
     return metrics.update(name, paint(soft, leaves, tuple(labels.shape)), labels)
 
 
+def _window_ceiling(name: str, image: Tensor, labels: Tensor, config: FitConfig, patch_size: int) -> dict[str, Any]:
+    """The same where windows slide: each window's own trees, blended as the predictions are."""
+    small, config = working_frame(image, config)
+    known = torch.from_numpy(shrink_labels(labels.numpy(), tuple(small.shape[1:])))
+    num_classes = config.data.num_classes
+
+    def shares(patches: Patches, box: Box) -> Tensor:
+        part = known[tuple(slice(low, high) for low, high in zip(*box, strict=True))]
+        soft, _ = patchify_mask(part, patches.leaves[0], patch_size, num_classes)
+        return unpatchify(soft, patches.leaves[0], mode="smooth")
+
+    values, leaves = slide_windows(small, config, patch_size, num_classes, shares)
+    metrics = PixelMetrics(config.data.class_names, distances=False)
+    return metrics.update(name, paint(values, leaves, tuple(labels.shape)), labels)
+
+
 def leaf_labels(labels: Tensor, leaves: Leaves, config: FitConfig, patch_size: int) -> tuple[Tensor, Tensor]:
     """Labels on the leaves: share of each class in every sample, and labelled pixels under it.
 
     Args:
         labels: As in `ceiling_row`; ``leaves``, ``config`` and ``patch_size`` as there.
     """
-    shape = limited_shape(tuple(labels.shape), config.data.max_side)
-    small = torch.from_numpy(shrink_labels(labels.numpy(), shape))
+    small = torch.from_numpy(shrink_labels(labels.numpy(), leaves.shape))
     return patchify_mask(small, leaves, patch_size, config.data.num_classes)

@@ -1,7 +1,8 @@
 """Every setting of a run, as frozen values that are checked once, at the door.
 
-A run is described by one YAML file with five parts (``data``, ``tree``, ``model``, ``train``, ``out``); any value can
-be given again as ``a.b=c``. What a run resolved to is saved beside its results, and that file runs again as it is.
+A run is described by one YAML file with six parts (``data``, ``tree``, ``model``, ``train``, ``predict``, ``out``); any
+value can be given again as ``a.b=c``. What a run resolved to is saved beside its results, and that file runs again as
+it is.
 """
 
 import math
@@ -15,6 +16,7 @@ __all__ = [
     "FitConfig",
     "ModelSpec",
     "Override",
+    "PredictConfig",
     "SplitConfig",
     "TrainConfig",
     "TreeConfig",
@@ -187,6 +189,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PredictConfig:
+    """How the mask of an image is made, at validation, evaluation and prediction alike."""
+
+    window: int | None = None
+    """Side in pixels of windows that slide over an image, each cut and segmented by itself, their probabilities
+    blended; ``null``: the whole image at once, so that leaves and attention span it. For images that are held."""
+    overlap: float = 0.5
+    """Share of its side that a window has in common with the next."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.window is None or self.window >= 1,
+            f"predict.window={self.window} is below 1: give a side in pixels or null",
+        )
+        require(0 <= self.overlap < 1, f"predict.overlap={self.overlap} is outside 0 up to below 1: give a share")
+
+
+@dataclass(frozen=True)
 class FitConfig:
     """One training run."""
 
@@ -198,6 +218,8 @@ class FitConfig:
     """What learns."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How it learns."""
+    predict: PredictConfig = field(default_factory=PredictConfig)
+    """How its masks are made."""
     out: str = "runs/fit"
     """Folder for the resolved settings, metrics and checkpoints."""
 

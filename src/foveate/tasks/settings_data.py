@@ -117,21 +117,29 @@ class DataConfig:
     mpp: float | None = None
     """Size in um of the pixels that all images are read at, whatever they were stored at; every size in pixels, and
     every score, is in that frame. ``null``: each image as it was stored."""
+    resample: tuple[float, ...] | None = None
+    """Size of a voxel in mm along (z, y, x) that volumes are brought to before the tree (area mean down, linear up;
+    labels by nearest). Scores, and predictions, stay in each file's own grid. ``null``: each as it was stored."""
     window: int | None = None
-    """Side in pixels of a random training window, cut after ``max_side``; validation always sees the whole image."""
+    """Side in pixels of a random training window, cut after ``max_side`` and ``resample``, an axis that is shorter is
+    kept whole; validation sees the whole image, or windows as ``predict.window`` says."""
     windows: int = 1
     """Training samples drawn from each image per epoch."""
     whole: float | None = None
     """Share of these samples that are the whole image and not a window; ``null``: none where ``window`` is set."""
     balance: float = 0.5
-    """Share of the windows of a slide that hold a labelled class, chosen evenly among those of the slide; the others
-    lie on tissue."""
+    """Share of the windows that hold a pixel of a labelled class, chosen evenly among those of the image; the others
+    lie anywhere, of a slide on tissue."""
     broken: str = "raise"
     """What a tile of a slide that cannot be decoded does: ``raise`` an error, ``fill`` with background, or ``skip``:
     filled, and neither learned nor scored."""
     normalise: str = "image"
     """``image``: per-image robust percentiles (1, 99) to [0, 1]; ``range``: by the file's data type to [0, 1];
-    ``fixed``: ``range``, then minus ``mean`` over ``std``."""
+    ``fixed``: ``range``, then minus ``mean`` over ``std``; ``limits``: from the values in ``limits`` to [-1, 1], what
+    lies outside is cut off (CT); ``zscore``: each channel of an image minus the mean over the deviation of its voxels
+    that are not 0, which stay 0 (MRI with the background removed)."""
+    limits: tuple[float, float] | None = None
+    """Lowest and highest value for ``normalise: limits``, in the units of the file, such as [-958, 326] HU."""
     mean: tuple[float, ...] | None = None
     """Mean per channel for ``normalise: fixed``, on the [0, 1] scale."""
     std: tuple[float, ...] | None = None
@@ -170,7 +178,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         among("data.unknown", self.unknown, ("error", "ignore", "background"))
-        among("data.normalise", self.normalise, ("image", "range", "fixed"))
+        among("data.normalise", self.normalise, ("image", "range", "fixed", "limits", "zscore"))
         require(len(self.class_names) >= 2, "data.classes is empty: name at least one class, such as {vessel: '>=128'}")
         require(
             self.num_classes <= 255,
@@ -184,11 +192,18 @@ class DataConfig:
         parse_bytes(self.cache)
         self._check_samples()
         self._check_fixed()
+        self._check_limits()
         if self.spacing is not None:
             require(
                 len(self.spacing) in (2, 3) and all(0 < mm < math.inf for mm in self.spacing),
                 f"data.spacing={list(self.spacing)} must be 2 or 3 sizes in mm above 0: give [y, x] or [z, y, x]",
             )
+        if self.resample is not None:
+            require(
+                len(self.resample) == 3 and all(0 < mm < math.inf for mm in self.resample),
+                f"data.resample={list(self.resample)} must be 3 sizes in mm above 0: give [z, y, x]",
+            )
+            require(self.max_side is None, "data.resample and data.max_side both choose the resolution: remove one")
 
     def _check_samples(self) -> None:
         among("data.broken", self.broken, ("raise", "fill", "skip"))
@@ -202,6 +217,20 @@ class DataConfig:
         require(
             self.window is not None or self.share_whole == 1,
             f"data.whole={self.whole} asks for windows but data.window is null: give the side of a window in pixels",
+        )
+
+    def _check_limits(self) -> None:
+        if self.normalise != "limits":
+            require(
+                self.limits is None,
+                f"data.limits needs normalise='limits' but it is {self.normalise!r}: remove it or set it",
+            )
+            return
+        low, high = self.limits or (math.nan, math.nan)
+        require(
+            -math.inf < low < high < math.inf,
+            f"data.normalise='limits' has data.limits={self.limits}: give the lowest and the highest value, such as "
+            "[-958, 326]",
         )
 
     def _check_fixed(self) -> None:

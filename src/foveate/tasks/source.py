@@ -157,7 +157,7 @@ def slide_patches(raster: Raster, config: FitConfig, patch_size: int) -> Patches
         Patches of one image, normalised.
 
     Raises:
-        ConfigError: the settings ask for something that needs the whole image at once.
+        ConfigError: the settings ask for something that needs the whole image at once, or for sliding windows.
         FormatError: a tile is broken, or the channels do not fit.
 
     Cost: as `lazy_patches`.
@@ -166,6 +166,11 @@ def slide_patches(raster: Raster, config: FitConfig, patch_size: int) -> Patches
     from foveate.tasks.tissue import tissue_map
 
     tree = config.tree
+    if config.predict.window is not None:
+        raise ConfigError(
+            f"predict.window={config.predict.window} slides over images that are held, and this one is read by box: "
+            "set it to null"
+        )
     budget = check_large(tree, config.data)
     small = glance(raster)
     prior = tissue_map(small) if tree.tissue > 0 else None
@@ -190,17 +195,25 @@ def check_large(tree: TreeConfig, data: DataConfig) -> int:
     """The leaf budget of a large image, after checking that its settings can be met without holding it.
 
     Raises:
-        ConfigError: ``tree.uniform``, ``tree.tolerance``, ``tree.smooth`` or ``data.max_side`` is set.
+        ConfigError: ``tree.uniform``, ``tree.tolerance``, ``tree.smooth``, ``data.max_side``, ``data.resample`` or
+            ``data.normalise: zscore`` is set.
     """
     asked = {
         "tree.uniform": tree.uniform is not None,
         "tree.smooth": tree.smooth > 0,
         "tree.tolerance": tree.tolerance is not None or tree.max_leaves is None,
         "data.max_side": data.max_side is not None,
+        "data.resample": data.resample is not None,
+        "data.normalise='zscore'": data.normalise == "zscore",
     }
     wrong = next((name for name, is_set in asked.items() if is_set), None)
     if wrong is not None:
-        remedy = "data.mpp chooses the resolution" if wrong == "data.max_side" else "tree.max_leaves is the budget"
+        remedies = {
+            "data.max_side": "data.mpp chooses the resolution",
+            "data.resample": "data.mpp chooses the resolution",
+            "data.normalise='zscore'": "'image' scales each slide by itself",
+        }
+        remedy = remedies.get(wrong, "tree.max_leaves is the budget")
         raise ConfigError(f"{wrong} needs images that are read whole, and this one is read by box: unset it; {remedy}")
     assert tree.max_leaves is not None
     return tree.max_leaves

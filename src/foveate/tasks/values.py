@@ -34,12 +34,17 @@ def with_channels(image: Shaped[NumpyArray, "c *S"], channels: int, name: str) -
     raise FormatError(f"{name} has {have} channels but data.channels={channels}: set data.channels={have} or 1")
 
 
-def value_range(image: Shaped[NumpyArray, "C *S"], data: DataConfig) -> tuple[float, float, float]:
-    """Zero, low and high of the value scale of an image, from at most about 2^20 of its pixels.
+def value_range(image: Shaped[NumpyArray, "C *S"], data: DataConfig) -> tuple[float, ...]:
+    """The value scale of an image: zero, low and high; for ``zscore`` means, then deviations, one per channel.
 
     ``image``: median and percentiles 1 and 99 over all channels together, so that colours keep their relation; where
-    these coincide, as on a sparse image, the extremes. Otherwise zero, zero and the largest value of the data type.
+    these coincide, as on a sparse image, the extremes; from at most about 2^20 of its pixels. ``limits``: their middle,
+    and they themselves. Otherwise zero, zero and the largest value of the data type.
     """
+    if data.normalise == "zscore":
+        return _moments(image)
+    if data.limits is not None:
+        return (sum(data.limits) / 2, *data.limits)
     if data.normalise != "image":
         high = float(np.iinfo(image.dtype).max) if np.issubdtype(image.dtype, np.integer) else 1.0
         return (0.0, 0.0, high)
@@ -51,15 +56,28 @@ def value_range(image: Shaped[NumpyArray, "C *S"], data: DataConfig) -> tuple[fl
     return (middle, low, high)
 
 
+def _moments(image: NumpyArray) -> tuple[float, ...]:
+    """Mean of every channel over its values that are not 0, then their deviations (1 where they do not vary)."""
+    inside = [channel[channel != 0].astype(np.float64) for channel in image]
+    means = [float(values.mean()) if values.size else 0.0 for values in inside]
+    return (*means, *(float(values.std()) if values.size and values.std() > 0 else 1.0 for values in inside))
+
+
 def normalise(image: Shaped[NumpyArray, "C *S"], scale: tuple[float, ...], data: DataConfig) -> Float32[Tensor, "C *S"]:
     """Pixel values as the model sees them.
 
     ``image``: median at 0 and the robust range of length 1, limited to -5..5 so that one hot pixel cannot rule; a
-    constant image is all 0. ``range``: 0..1. ``fixed``: ``range``, then the declared mean and deviation.
+    constant image is all 0. ``range``: 0..1. ``fixed``: ``range``, then the declared mean and deviation. ``limits``:
+    -1..1. ``zscore``: every channel by its own mean and deviation, and 0 where the file has 0.
     """
+    values = torch.from_numpy(image.astype(np.float32))
+    if data.normalise == "zscore":
+        mean, deviation = torch.tensor(scale).view(2, -1, *(1,) * (values.ndim - 1))
+        return torch.where(values == 0, values, (values - mean) / deviation)
     zero, low, high = scale
     spread = high - low
-    values = torch.from_numpy(image.astype(np.float32))
+    if data.normalise == "limits":
+        return values.sub_(zero).mul_(2 / spread).clamp_(-1, 1)
     if data.normalise == "image":
         return values.sub_(zero).div_(spread).clamp_(-5, 5) if spread > 0 else torch.zeros_like(values)
     values = values.div_(spread)
