@@ -144,7 +144,7 @@ def config_from_dict(values: Mapping[str, Any], kind: type[Any] = FitConfig) -> 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
     try:
-        complete = parser.parse_object(_plain(dict(values)))
+        complete = parser.parse_object(_plain(_filled(kind, values)))
     except Exception as error:  # noqa: BLE001 - jsonargparse has no common base; all of them are mistakes in settings
         raise ConfigError(_one_line(error)) from None
     return _build(kind, complete.as_dict())
@@ -225,6 +225,17 @@ def _check_keys(root: type, kind: type, given: object, where: str) -> None:
             _check_keys(root, named or kind, group, f"{name}.{inner}")
 
 
+def _filled(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the defaults in groups that have names of the user's own, which the parser wants complete."""
+    filled = dict(given)
+    for key, hint in _fields(kind).items():
+        if key in given and dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            filled[key] = _filled(hint, given[key])
+        elif key in given and (named := _named(hint)):
+            filled[key] = {name: dataclasses.asdict(named()) | dict(group) for name, group in given[key].items()}
+    return filled
+
+
 def _named(hint: Any) -> type | None:
     """The class of the groups of settings that have names of the user's own: D of ``dict[str, D]``."""
     options = typing.get_args(hint) if typing.get_origin(hint) is dict else ()
@@ -260,7 +271,8 @@ def _build(kind: type, values: Mapping[str, Any]) -> Any:
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             value = _build(hint, value)
         elif named := _named(hint):
-            value = {key: _build(named, group) for key, group in value.items()}
+            # the default's groups are there already, as values
+            value = {key: v if isinstance(v, named) else _build(named, v) for key, v in value.items()}
         elif _is_tuple(hint) and value is not None:
             value = tuple(value)
         arguments[name] = value

@@ -53,7 +53,10 @@ class LabelSpec:
         weights = self.class_weights
         if isinstance(weights, str):
             among(f"{where}.class_weights", weights, ("balanced",))
-        require(not numbers or weights is None, f"{where}.class_weights is set but kind is regression: leave it out")
+        require(
+            weights is None or self.kind in ("classes", "labels"),
+            f"{where}.class_weights is set but kind is {self.kind}: leave it out",
+        )
         if isinstance(weights, list):
             fits = self.values is None or len(weights) == len(self.values)
             require(
