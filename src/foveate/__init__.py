@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from foveate.models import SegmentationModel as SegmentationModel
     from foveate.models import create_model as create_model
     from foveate.models import list_models as list_models
+    from foveate.models import sparsify as sparsify
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ _HOMES = {
     "SegmentationModel": "models",
     "create_model": "models",
     "list_models": "models",
+    "sparsify": "models",
 }
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "random_keep",
     "read_image",
     "soft_topk",
+    "sparsify",
     "topk",
     "uniform_leaves",
     "unpatchify",

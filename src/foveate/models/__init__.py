@@ -10,3 +10,4 @@ from foveate.models.names import list_models as list_models
 from foveate.models.segmentation import ModelConfig as ModelConfig
 from foveate.models.segmentation import SegmentationModel as SegmentationModel
 from foveate.models.segmentation import build_model as build_model
+from foveate.models.sparsify import sparsify as sparsify
