@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from foveate.errors import ConfigError
 
@@ -94,20 +95,28 @@ class DataConfig:
     root: str = "."
     """Folder that all other paths are relative to; nothing outside it is read."""
     images: str = "images/*"
-    """Glob of the images below ``root``; ignored when ``manifest`` is given."""
+    """Glob of the images below ``root``; ignored when ``manifest`` is given. With ``modalities``, ``{modality}`` stands
+    for the name of each, such as ``*/*_{modality}.nii.gz``."""
+    modalities: tuple[str, ...] | None = None
+    """Names of the files that make up one image, in the order of its channels, such as [flair, t1, t1ce, t2] or
+    ["0000", "0001"]: what stands last in their names before the ending. ``{stem}`` is then what they have in common."""
     masks: str | None = "masks/{stem}.*"
     """Rule that names an image's mask below ``root``; ``{stem}`` is the image's stem and ``*`` may be used. ``null``:
     no masks (prediction only)."""
     manifest: str | None = None
     """CSV or JSONL file below ``root`` with the column image and, as needed, mask, group, split, mpp (um per pixel,
     over what the file says) and spacing (mm, such as ``2.5 0.7 0.7``). Without an image column, ``manifest_id``
-    names the column that holds the image's stem."""
+    names the column that holds the image's stem. Or a JSON file with the lists training, validation and test of
+    ``{image, label}``, as MONAI and the Decathlon have it; an image may be a list of files, one per channel."""
     manifest_id: str = "id"
     """Column of the manifest that holds the stem where there is no image column; files are then found by ``images``."""
     classes: dict[str, ClassRule] = field(default_factory=lambda: {"foreground": ">=1"})
     """Name of each class and the mask values that mean it: a value, a comparison, a colour, or a list of them.
     ``background`` is class 0 and need not be named; the others count from 1 in the order they are written; what is
     named ``ignore`` is neither learned nor scored."""
+    regions: dict[str, list[str]] = field(default_factory=dict)
+    """Unions of classes, such as {whole: [edema, necrotic, enhancing], core: [necrotic, enhancing]}: they are what Dice
+    in the loss and all scores are about, instead of the classes, which stay what a mask holds."""
     unknown: str = "error"
     """What a mask value that no class names is: ``error``, ``ignore`` (no loss, no score) or ``background``."""
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -165,6 +174,14 @@ class DataConfig:
         return len(self.class_names)
 
     @property
+    def groups(self) -> dict[str, tuple[int, ...]]:
+        """What is scored, and the labels that make it up: the regions, or each class but the background by itself."""
+        label = {name: number for number, name in enumerate(self.class_names)}
+        if self.regions:
+            return {name: tuple(label[part] for part in parts) for name, parts in self.regions.items()}
+        return {name: (number,) for name, number in label.items() if number > 0}
+
+    @property
     def share_whole(self) -> float:
         """``whole`` as a number from 0 to 1."""
         if self.whole is not None:
@@ -191,6 +208,8 @@ class DataConfig:
         require(self.max_pixels >= 1, f"data.max_pixels={self.max_pixels} is below 1: give the most pixels allowed")
         parse_bytes(self.cache)
         self._check_samples()
+        self._check_modalities()
+        self._check_regions()
         self._check_fixed()
         self._check_limits()
         if self.spacing is not None:
@@ -218,6 +237,34 @@ class DataConfig:
             self.window is not None or self.share_whole == 1,
             f"data.whole={self.whole} asks for windows but data.window is null: give the side of a window in pixels",
         )
+
+    def _check_modalities(self) -> None:
+        names = self.modalities
+        if names is None:
+            require(
+                "{modality}" not in self.images,
+                f"data.images={self.images!r} has a {{modality}} but data.modalities is null: name them, such as "
+                "[flair, t1]",
+            )
+            return
+        require(
+            len(names) == self.channels and len(set(names)) == len(names) and all(names),
+            f"data.modalities={list(names)} for data.channels={self.channels}: name every channel once",
+        )
+        require(
+            self.manifest is not None or "{modality}" in Path(self.images).name,
+            f"data.images={self.images!r} does not say where the modality stands: write it as {{modality}} in the "
+            "file's name, such as '*/*_{modality}.nii.gz'",
+        )
+
+    def _check_regions(self) -> None:
+        for name, parts in self.regions.items():
+            unknown = next((part for part in parts if part not in self.class_names[1:]), None)
+            require(
+                bool(parts) and unknown is None and len(set(parts)) == len(parts),
+                f"data.regions.{name}={parts} must name some of the classes {', '.join(self.class_names[1:])}, each "
+                "once",
+            )
 
     def _check_limits(self) -> None:
         if self.normalise != "limits":
