@@ -159,5 +159,5 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
 
 def test_keep_falls_by_equal_factors() -> None:
     select = SelectConfig(keep=10, keep_start=80, anneal=0.5)
-    assert [select.keep_at(epoch, 12) for epoch in (0, 2, 4, 6, 11)] == [80, 40, 20, 10, 10]
+    assert [select.schedule(12).at(epoch) for epoch in (0, 2, 4, 6, 11)] == [80, 40, 20, 10, 10]
     assert math.isclose(select.start, 80)

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from foveate.nn.heads import KINDS
+from foveate.nn.rank import RANKS
+from foveate.nn.schedule import KeepSchedule
+from foveate.nn.selector import RULES
 from foveate.tasks.settings import ModelSpec, TrainConfig
 from foveate.tasks.settings_data import DataConfig, SplitConfig, among, require
 
@@ -170,6 +173,11 @@ class SelectConfig:
     rank: str = "quota"
     """How heads and queries agree on a patch: ``quota`` (each brings its own best), ``best``, ``mean`` (as published)
     or ``lse``."""
+    attend: str = "kept"
+    """What a prediction rests on: the ``kept`` patches (as published), or ``all``, of which the kept ones alone carry
+    gradient."""
+    precision: str = "fp32"
+    """In which patches are looked at: ``fp32``, ``folded`` (a fast copy of the encoder) or ``bf16``."""
     keep_start: int | None = None
     """``keep`` in the first epoch, from which it falls to ``keep``; ``null``: 8 times ``keep``; equal to ``keep``: no
     fall."""
@@ -181,14 +189,15 @@ class SelectConfig:
         """``keep`` in the first epoch."""
         return 8 * self.keep if self.keep_start is None else self.keep_start
 
-    def keep_at(self, epoch: int, epochs: int) -> int:
-        """Patches kept in an epoch: falling from ``start`` to ``keep`` by equal factors."""
-        share = min(1.0, epoch / (self.anneal * epochs)) if self.anneal > 0 else 1.0
-        return round(self.start * math.pow(self.keep / self.start, share))
+    def schedule(self, epochs: int | None) -> KeepSchedule:
+        """Patches kept in every epoch of a run."""
+        return KeepSchedule(self.start, self.keep, self.anneal * (epochs or 0))
 
     def __post_init__(self) -> None:
-        among("select.rule", self.rule, ("exact", "buffered"))
-        among("select.rank", self.rank, ("quota", "best", "mean", "lse"))
+        among("select.rule", self.rule, RULES)
+        among("select.rank", self.rank, RANKS)
+        among("select.attend", self.attend, ("kept", "all"))
+        among("select.precision", self.precision, ("fp32", "folded", "bf16"))
         for name in ("keep", "chunk"):
             count = getattr(self, name)
             require(count >= 1, f"select.{name}={count} is below 1: give 1 or more patches")
