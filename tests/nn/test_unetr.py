@@ -4,7 +4,7 @@ import torch
 from foveate.errors import ConfigError, ShapeError
 from foveate.geometry.leaves import Leaves, uniform_leaves
 from foveate.geometry.patches import Patches
-from foveate.nn.unetr import DenseDecoder, canvas
+from foveate.nn.unetr import DenseDecoder, cells, sample_rows
 
 WIDTH = 12
 
@@ -45,14 +45,16 @@ def test_shapes(num_dims: int, num_hidden: int) -> None:
 
 def test_a_uniform_canvas_is_the_image() -> None:
     leaves = uniform_leaves((8, 12), 4)
-    leaf, row = canvas(leaves, 4)
+    leaf = cells(leaves)
+    row = sample_rows(leaves, leaf, 4)
     assert leaf.tolist() == [[0, 1, 2], [3, 4, 5]]
     y, x = torch.meshgrid(torch.arange(8), torch.arange(12), indexing="ij")
     assert torch.equal(row, leaf[y // 4, x // 4] * 16 + y % 4 * 4 + x % 4)
 
 
 def test_a_large_leaf_covers_several_cells() -> None:
-    leaf, row = canvas(mixed_leaves(), 4)
+    leaf = cells(mixed_leaves())
+    row = sample_rows(mixed_leaves(), leaf, 4)
     assert leaf.tolist() == [[0, 0, 1, 2], [0, 0, 3, 4], [5, 5, 6, 6], [5, 5, 6, 6]]
     assert row.shape == (16, 16)
     assert torch.equal(row[:8, :8], torch.arange(16).view(4, 4).repeat_interleave(2, 0).repeat_interleave(2, 1))
@@ -83,7 +85,7 @@ def test_a_selection_cannot_be_painted() -> None:
     leaves = mixed_leaves()
     part = Leaves(leaves.start[:5], leaves.size[:5], leaves.scale[:5], leaves.shape, leaves.sizes)
     with pytest.raises(ShapeError, match=r"8 cells of the image \(30, 28\) lie in no leaf: .* use the token decoder"):
-        canvas(part, 4)
+        cells(part)
 
 
 def test_inputs_are_checked() -> None:

@@ -10,9 +10,20 @@ from foveate.errors import ConfigError
 from foveate.models.files import WEIGHTS_FILE, as_tuples, load_state
 from foveate.models.segmentation import ModelConfig, SegmentationModel, build_model
 from foveate.nn.encoder import Encoder
-from foveate.nn.weights import load_weights
+from foveate.nn.released import is_released, load_released
+from foveate.nn.weights import load_weights, read_state
 
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
+_PRUNED: dict[str, Any] = {"prune_after": (2, 5, 8), "keep_ratio": (0.5, 0.25, 0.25)}
+_EXACT: dict[str, Any] = {
+    "keep_ratio": 0.1,
+    "keep_schedule": "published",
+    "geometry_code": False,
+    "scorer": "published",
+    "estimator": "softmax",
+    "completion": "published",
+}
+"""What makes ``scd_unetr_*`` the released model, beside skips that all see the assembled tokens."""
 
 
 def _named() -> dict[str, ModelConfig]:
@@ -24,9 +35,19 @@ def _named() -> dict[str, ModelConfig]:
             models[f"apf_vit_{size}{suffix}"] = replace(plane, decoder=decoder)
             models[f"apf_vit_{size}_3d{suffix}"] = replace(volume, decoder=decoder)
         for dims, base in (("", plane), ("_3d", volume)):
-            models[f"scd_vit_{size}{dims}"] = replace(
-                base, prune_after=(2, 5, 8), keep_ratio=(0.5, 0.25, 0.25), decoder="sparse"
-            )
+            models[f"scd_vit_{size}{dims}"] = replace(base, **_PRUNED, decoder="sparse")
+            if size == "tiny":
+                continue
+            span = base.patch_size * base.pos_grid if base is plane else 96  # pixels that the published models see
+            for patch_size, suffix, decoder in ((16, "", "unetr"), (8, "_p8", "unetr_pooled")):
+                models[f"scd_unetr_{size}{dims}{suffix}"] = replace(
+                    base,
+                    **_PRUNED,
+                    patch_size=patch_size,
+                    pos_grid=span // patch_size,
+                    out_blocks=(3, 6, 9, 11),
+                    decoder=decoder,
+                )
     return models
 
 
@@ -44,7 +65,8 @@ def create_config(name: str, **overrides: Any) -> ModelConfig:
 
     Args:
         name: one of ``list_models()``.
-        overrides: fields of ``ModelConfig``.
+        overrides: fields of ``ModelConfig``; and ``exact=True``, of ``scd_unetr_*``: the model as released, with
+            ``keep_ratio=0.1`` (`foveate.nn.released`).
 
     Raises:
         ConfigError: an unknown name or field, or a value that is not possible.
@@ -52,12 +74,17 @@ def create_config(name: str, **overrides: Any) -> ModelConfig:
     models = _named()
     if name not in models:
         raise ConfigError(f"model {name!r} is not known{_close(name, models)}; list_models() names all {len(models)}")
+    exact = overrides.pop("exact", False)
     known = {field.name for field in fields(ModelConfig)}
     for key in overrides:
         if key not in known:
             raise ConfigError(
                 f"{key!r} is no field of a model{_close(key, known)}; fields are {', '.join(sorted(known))}"
             )
+    if exact:
+        if not name.startswith("scd_unetr"):
+            raise ConfigError(f"exact=True with {name}: only scd_unetr_* models have been released; use one of these")
+        overrides = {**_EXACT, "out_blocks": (overrides.get("depth", models[name].depth) - 1,), **overrides}
     try:
         return replace(models[name], **as_tuples(overrides))
     except TypeError as error:
@@ -79,8 +106,10 @@ def create_model(
         in_chans: channels of the images; default 3 in 2-D and 1 in 3-D.
         num_classes: K, background included.
         weights: file with the weights of a ViT (timm, DINOv2, transformers or pathology layout, safetensors) for the
-            encoder, or a folder that ``save_pretrained`` wrote.
-        overrides: fields of ``ModelConfig`` to change, such as ``depth=6`` or ``patch_size=8``.
+            encoder, a folder that ``save_pretrained`` wrote, or a file of the released sparse or dense UNETR for all of
+            a model.
+        overrides: fields of ``ModelConfig`` to change, such as ``depth=6`` or ``patch_size=8``; ``exact=True`` makes
+            ``scd_unetr_*`` the released model.
 
     Raises:
         ConfigError: an unknown name or field.
@@ -96,7 +125,11 @@ def create_model(
         load_state(model, path / WEIGHTS_FILE)
     else:
         assert isinstance(model.encoder, Encoder)
-        load_weights(model.encoder, path)
+        state = read_state(path)
+        if is_released(state):
+            load_released(model, state, path)
+        else:
+            load_weights(model.encoder, path)
     return model
 
 

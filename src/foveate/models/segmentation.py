@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from foveate.nn.assembler import COMPLETIONS, TokenAssembler
 from foveate.nn.decoder import LinearDecoder, TokenDecoder
 from foveate.nn.encoder import Block, Encoder, EncoderConfig, EncoderOutput, EncoderProtocol, enough_rows
 from foveate.nn.pruner import AS_TRAINED, Pruning, TokenPruner
+from foveate.nn.published import PublishedAssembler
 from foveate.nn.scorer import TokenScorer
 from foveate.nn.sparse_decoder import SparseDecoder
 from foveate.nn.unetr import DenseDecoder
@@ -28,6 +30,7 @@ _DECODERS: dict[str, Callable[..., nn.Module]] = {
     "token": TokenDecoder,
     "linear": LinearDecoder,
     "unetr": DenseDecoder,
+    "unetr_pooled": partial(DenseDecoder, pooled=True),
     "sparse": SparseDecoder,
 }
 
@@ -40,7 +43,7 @@ class ModelConfig(EncoderConfig):
     """K, background included."""
     decoder: str = "token"
     """``token`` (multi-scale, in token space), ``sparse`` (the same, at full resolution only where tokens were kept),
-    ``linear`` (per leaf) or ``unetr`` (the dense reference)."""
+    ``linear`` (per leaf), ``unetr`` (dense convolutions on the image grid) or ``unetr_pooled`` (one stage more)."""
     decoder_width: int = 16
     """Channels of the decoder at full resolution."""
     scorer: str = "light"
@@ -50,8 +53,11 @@ class ModelConfig(EncoderConfig):
     gate_pruned: bool = True
     """Whether pruned tokens carry the gradient of the choice as well (published), with the opposite sign."""
     completion: str = "cross"
-    """How pruned tokens catch up before decoding: ``cross``, ``none`` or ``block`` (published); or, as in the paper's
-    ablations, what stands in for them: ``mask`` (a learned vector) or ``last`` (nothing)."""
+    """How pruned tokens catch up before decoding: ``cross``, ``none``, ``block`` or ``published`` (exactly as
+    released); or, as in the paper's ablations, what stands in for them: ``mask`` (a learned vector) or ``last``
+    (nothing)."""
+    completion_size: tuple[int, int, int] | None = None
+    """Width, blocks and heads of ``published`` completion; None: one block like those of the encoder."""
     active_stage: int = -1
     """Index of the prune point whose kept tokens the ``sparse`` decoder decodes at full resolution; -1: the last."""
 
@@ -70,7 +76,7 @@ class ModelConfig(EncoderConfig):
                 f"active_stage={self.active_stage} is no index into prune_after={self.prune_after}; "
                 "0 is the first prune point, -1 the last"
             )
-        for name, known in (("scorer", ("light", "published")), ("completion", COMPLETIONS)):
+        for name, known in (("scorer", ("light", "published")), ("completion", (*COMPLETIONS, "published"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}; choose one")
 
@@ -93,7 +99,11 @@ def build_model(config: ModelConfig) -> "SegmentationModel":
     return SegmentationModel(config, encoder, decoder, _assembler(config) if config.prune_after else None)
 
 
-def _assembler(config: ModelConfig) -> TokenAssembler:
+def _assembler(config: ModelConfig) -> TokenAssembler | PublishedAssembler:
+    if config.completion == "published":
+        inner, depth, num_heads = config.completion_size or (config.width, 1, config.num_heads)
+        blocks = [Block(inner, num_heads, config.mlp_ratio, None) for _ in range(depth)]
+        return PublishedAssembler(width=config.width, num_stages=len(config.prune_after), blocks=blocks, inner=inner)
     whole = config.completion in ("block", "mask")
     return TokenAssembler(
         num_dims=config.num_dims,
@@ -113,7 +123,8 @@ class SegmentationModel(nn.Module):
         encoder: any ``EncoderProtocol`` module.
         decoder: takes the encoder's hidden states and the patches; where its ``wants_active`` is true, also the
             ascending positions of the tokens that were kept, as ``active``.
-        assembler: brings pruned tokens back, where the encoder prunes.
+        assembler: brings pruned tokens back, where the encoder prunes; where its ``wants_prefix`` is true, it takes
+            the class and register tokens as well, as ``prefix``.
     """
 
     def __init__(
@@ -121,7 +132,7 @@ class SegmentationModel(nn.Module):
         config: ModelConfig,
         encoder: EncoderProtocol,
         decoder: nn.Module,
-        assembler: TokenAssembler | None = None,
+        assembler: TokenAssembler | PublishedAssembler | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -143,7 +154,8 @@ class SegmentationModel(nn.Module):
         out = self.encoder(patches) if self.assembler is None else self.encoder(patches, pruning or AS_TRAINED)
         hidden = out.hidden
         if self.assembler is not None:
-            hidden = (*hidden[:-1], self.assembler(out.parts, patches))
+            prefix = {"prefix": out.prefix} if getattr(self.assembler, "wants_prefix", False) else {}
+            hidden = (*hidden[:-1], self.assembler(out.parts, patches, **prefix))
         active = {"active": self._active(out)} if getattr(self.decoder, "wants_active", False) else {}
         logits: Tensor = self.decoder(hidden, patches, **active)
         return logits[:num_patches]
