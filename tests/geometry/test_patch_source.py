@@ -220,3 +220,6 @@ def test_only_a_source_that_knows_says_what_is_constant() -> None:
     assert constant_of(grid).tolist() == known
     assert constant_of(GridPatches(ArrayRaster(image), 4)) is None
     assert constant_of(TensorPatches(torch.zeros(3, 2))) is None
+    bag = TensorPatches(torch.zeros(3, 2))
+    with pytest.raises(ShapeError, match="constant of 2 for 3 patches; give each one truth value"):
+        TensorPatches.__init__.__wrapped__(bag, torch.zeros(3, 2), constant=torch.ones(2, dtype=torch.bool))

@@ -81,9 +81,10 @@ class TensorPatches:
         values: pixels ``[N, C, *P]``, uint8 or float, or features ``[N, F]``; N may be 0.
         boxes: where each lies, level-0 pixels.
         shape: spatial shape of the image that they are from, in pixels.
+        constant: which of them are one and the same constant, see `constant_of`.
 
     Raises:
-        ShapeError: values, boxes and shape do not fit each other.
+        ShapeError: values, boxes, shape and constant do not fit each other.
     """
 
     def __init__(
@@ -91,13 +92,16 @@ class TensorPatches:
         values: Shaped[Tensor, "N *rest"] | Shaped[np.ndarray, "N *rest"],
         boxes: Int64[Tensor, "N 2 D"] | None = None,
         shape: Sequence[int] | None = None,
+        constant: Bool[Tensor, " N"] | None = None,
     ) -> None:
         self._values = torch.as_tensor(values)
         if self._values.ndim not in (2, 4, 5):
             raise ShapeError(f"bag of shape {tuple(self._values.shape)}; give [N, C, P, P(, P)] pixels or [N, F]")
         self.shape = None if shape is None else tuple(int(side) for side in shape)
         check_boxes(boxes, len(self._values), self.shape)
-        self._boxes = boxes
+        if constant is not None and len(constant) != len(self._values):
+            raise ShapeError(f"constant of {len(constant)} for {len(self._values)} patches; give each one truth value")
+        self._boxes, self.constant = boxes, constant
 
     def __len__(self) -> int:
         return len(self._values)

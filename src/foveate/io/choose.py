@@ -7,6 +7,7 @@ from foveate.io.guard import Want, bad_file, sniff
 from foveate.io.image import read_image
 from foveate.io.raster import About, ArrayRaster, Raster, fits_whole
 from foveate.io.spacing import Real, choose
+from foveate.io.tensor_file import is_tensor_file
 from foveate.io.tiff import check_pages
 from foveate.io.tile_cache import TileCache
 from foveate.io.tiled import check_broken
@@ -35,6 +36,10 @@ def open_by_content(
         from foveate.io.ngff import open_zarr
 
         return open_zarr(path, spacing=given, max_pixels=max_pixels)
+    if is_tensor_file(head):
+        from foveate.io.sparse_image import open_sparse
+
+        return open_sparse(path, spacing=given)
     vendor = None if path.is_dir() else _vendor(path, head)
     if vendor is None and (path.is_dir() or _is_volume(head)):
         if mpp is not None:
