@@ -1,0 +1,263 @@
+"""Recognise bags of patches: a selector, an encoder, learned queries and heads, put together by a frozen configuration.
+
+Legend: B bags, N patches of a bag, T chosen patches of all bags, K outputs of a task, D width or spatial axes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from foveate.errors import ConfigError
+from foveate.geometry.patch_source import PatchSource
+from foveate.models.files import WEIGHTS_FILE, load_state, no_model, read_config, save_model
+from foveate.nn.aggregator import PLACES, Aggregator, PlaceCode
+from foveate.nn.fast_copy import fast_copy
+from foveate.nn.heads import Heads, TaskSpec, check_tasks
+from foveate.nn.patch_encoder import PatchEncoder, create_patch_encoder, uses_batch_statistics
+from foveate.nn.query_attention import QueryAttention
+from foveate.nn.selection import Selection, check_keep, relative_centres
+from foveate.nn.selector import PatchSelector
+from foveate.nn.stream import as_float, block_rows, in_blocks
+
+_PRECISIONS = {"fp32": None, "folded": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class RecognitionConfig:
+    """Every number of a recognition model."""
+
+    encoder: str = "cnn"
+    """What `create_patch_encoder` builds."""
+    in_chans: int = 3
+    """Channels of the patches, or features where patches are stored as features."""
+    patch_size: int = 64
+    norm: str = "group"
+    stages: int = 4
+    depth: int = 12
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    width: int = 128
+    """D of the queries and of a patch's vector."""
+    num_heads: int = 8
+    head_width: int | None = None
+    hidden: int | None = None
+    """Width between the aggregator's two linear maps; None: four times ``width``."""
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    tasks: tuple[TaskSpec, ...] = (TaskSpec("label"),)
+    """What is recognised; each task has a query of its own."""
+    position: str = "none"
+    """Code of a patch's place: ``none``, ``sine`` or ``learned``."""
+    num_dims: int = 2
+    keep: int = 64
+    """Patches that stay of each bag."""
+    chunk: int = 256
+    """Patches read at a time."""
+    rule: str = "exact"
+    rank: str = "mean"
+    shuffle: bool = False
+    """Whether the buffered rule sees a bag in random order while training."""
+    attend: str = "kept"
+    """What a prediction rests on: the ``kept`` patches (published), or ``all`` of them, of which the kept ones alone
+    carry the gradient."""
+    precision: str = "fp32"
+    """Of the selection: ``fp32`` (the encoder itself), ``folded`` (a fast copy in float32) or ``bf16``."""
+    workers: int = 0
+    """Threads that read ahead while patches are selected."""
+
+    def __post_init__(self) -> None:
+        check_tasks(self.tasks)
+        check_keep(self.keep)
+        for name, known in (
+            ("position", PLACES),
+            ("attend", ("kept", "all")),
+            ("precision", tuple(_PRECISIONS)),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}; choose one")
+        if self.attend == "all" and self.rule != "exact":
+            raise ConfigError(f"attend='all' with rule={self.rule!r}: only 'exact' looks at all patches; choose that")
+        for name in ("in_chans", "width", "num_heads", "chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is below 1; give a positive whole number")
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The patches of several bags that were selected, laid end to end.
+
+    Args:
+        patches: pixels or features.
+        lengths: patches of each bag.
+        centres: where they lie relative to their image, where the model has a code of place.
+        selections: what each bag was selected by.
+    """
+
+    patches: Shaped[Tensor, "T *rest"]
+    lengths: tuple[int, ...]
+    centres: Float[Tensor, "T D"] | None
+    selections: tuple[Selection, ...]
+
+
+class RecognitionModel(nn.Module):
+    """Bags in, logits of every task out.
+
+    Args:
+        config: what was built; saved beside the weights.
+        encoder: takes patches ``[R, C, *P]`` or features ``[R, F]`` to ``[R, config.width]``.
+    """
+
+    def __init__(self, config: RecognitionConfig, encoder: PatchEncoder) -> None:
+        super().__init__()
+        if encoder.width != config.width:
+            raise ConfigError(f"an encoder of width {encoder.width} for a model of {config.width}; build both alike")
+        self.config = config
+        self.encoder = encoder
+        attention = QueryAttention(
+            config.width, config.num_heads, len(config.tasks), config.head_width, config.attention_dropout
+        )
+        self.aggregator = Aggregator(attention, config.hidden, config.dropout)
+        self.place = None if config.position == "none" else PlaceCode(config.position, config.width, config.num_dims)
+        self.heads = Heads(config.width, config.tasks)
+
+    def selector(self) -> PatchSelector:
+        """The selector that the configuration describes, with the weights as they are now."""
+        config, dtype = self.config, _PRECISIONS[self.config.precision]
+        return PatchSelector(
+            self.encoder if dtype is None else fast_copy(self.encoder, dtype),
+            self.aggregator.attention,
+            config.keep,
+            rule=config.rule,
+            rank=config.rank,
+            position=self.place,
+            shuffle=config.shuffle and self.training,
+            workers=config.workers,
+        )
+
+    def select(
+        self, source: PatchSource | Tensor, keep: int | None = None, generator: torch.Generator | None = None
+    ) -> Selection:
+        """Look at a whole bag and choose its patches.
+
+        Args:
+            source: the bag.
+            keep: instead of the configured one.
+            generator: where the order comes from, where a model in training shuffles.
+        """
+        return self.selector().select(source, self.config.chunk, generator, keep=keep)
+
+    def choose(
+        self, bags: Sequence[PatchSource], keep: int | None = None, generator: torch.Generator | None = None
+    ) -> Chosen:
+        """Select the patches of several bags, one bag after the other, and read them.
+
+        A bag of at most ``keep`` patches is taken whole without a look at it.
+
+        Args:
+            bags: each of any size; an empty bag has no patches, and its prediction is what the queries say alone.
+            keep: instead of the configured one, such as ``KeepSchedule.at`` gives.
+            generator: where the order comes from, where a model in training shuffles.
+
+        Raises:
+            ConfigError: ``attend="all"`` while the encoder uses statistics of the batch.
+
+        Cost: memory of the kept patches and of one selection at a time.
+        """
+        tally = self.config.attend == "all"
+        if tally and self.training and uses_batch_statistics(self.encoder):
+            raise ConfigError(
+                "attend='all' with an encoder that norms by batch statistics: the patches looked at and the patches "
+                "trained on would not be the same; use norm='group', freeze the encoder, or attend='kept'"
+            )
+        selector = self.selector()
+        selections, patches, centres = [], [], []
+        for bag in bags:
+            one = selector.select(bag, self.config.chunk, generator, keep=keep, shortcut=True, tally=tally)
+            selections.append(one)
+            if len(one.index):
+                patches.append(bag.read(one.index))
+                if self.place is not None:
+                    centres.append(relative_centres(bag)[one.index])
+        lengths = tuple(len(one.index) for one in selections)
+        pixels = torch.cat(patches) if patches else torch.zeros(0, self.config.in_chans)
+        return Chosen(pixels, lengths, torch.cat(centres) if centres else None, tuple(selections))
+
+    def forward(
+        self, bags: Sequence[PatchSource] | Chosen, keep: int | None = None, generator: torch.Generator | None = None
+    ) -> dict[str, Float[Tensor, "B K"]]:
+        """Logits of every task by its name.
+
+        In evaluation on the CPU those of a bag do not depend on its company, to the bit.
+
+        Args:
+            bags: bags to select from, or patches that ``choose`` has selected.
+            keep: see ``choose``.
+            generator: see ``choose``.
+        """
+        chosen = bags if isinstance(bags, Chosen) else self.choose(bags, keep, generator)
+        x_TD = self._encode(chosen)
+        vectors = x_TD.split(list(chosen.lengths))
+        wholes = [one.whole for one in chosen.selections]
+        if self.training and len(set(chosen.lengths)) == 1 and not any(wholes):
+            return self._say(self.aggregator(torch.stack(vectors)))
+        read = [self.aggregator(x_KD, whole) for x_KD, whole in zip(vectors, wholes, strict=True)]
+        if self.training:
+            return self._say(torch.stack(read))
+        alone = [self._say(x_QD[None]) for x_QD in read]
+        return {task.name: torch.cat([one[task.name] for one in alone]) for task in self.config.tasks}
+
+    def _say(self, x_BQD: Tensor) -> dict[str, Tensor]:
+        said: dict[str, Tensor] = self.heads(x_BQD)
+        return said
+
+    def _encode(self, chosen: Chosen) -> Tensor:
+        device = self.aggregator.attention.query.device
+        if not len(chosen.patches):
+            return torch.zeros(0, self.config.width, device=device)
+        pixels = as_float(chosen.patches.to(device))
+        encode: Callable[[Tensor], Tensor] = self.encoder
+        x_TD = encode(pixels) if self.training else in_blocks(encode, pixels, block_rows(pixels))
+        if self.place is not None and chosen.centres is not None:
+            code: Tensor = in_blocks(self.place, chosen.centres.to(device), block_rows(pixels))
+            x_TD = x_TD + code.to(x_TD)
+        return x_TD
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``, each aside first and then renamed."""
+        save_model(self, "recognition", asdict(self.config), folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "RecognitionModel":
+        """Read what ``save_pretrained`` wrote.
+
+        Raises:
+            FormatError: a file is missing, damaged, or does not fit the other.
+        """
+        values = read_config(folder, "recognition", {field.name for field in fields(RecognitionConfig)})
+        try:
+            values["tasks"] = tuple(TaskSpec(**task) for task in values["tasks"])
+            model = build_recognition(RecognitionConfig(**values))
+        except (ConfigError, TypeError, KeyError) as error:
+            raise no_model(folder, error) from None
+        load_state(model, Path(folder) / WEIGHTS_FILE)
+        return model
+
+
+def build_recognition(config: RecognitionConfig) -> RecognitionModel:
+    """Build a recognition model with fresh weights from a configuration."""
+    encoder = create_patch_encoder(
+        config.encoder,
+        config.in_chans,
+        width=config.width,
+        patch_size=config.patch_size,
+        norm=config.norm,
+        stages=config.stages,
+        depth=config.depth,
+        mean=config.mean,
+        std=config.std,
+    )
+    return RecognitionModel(config, encoder)

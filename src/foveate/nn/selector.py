@@ -1,0 +1,179 @@
+"""Iterative patch selection: of a bag of any size, the patches that the model's own attention would look at.
+
+Legend: N patches of a bag, K kept ones, A queries of single heads, D width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from foveate.errors import BudgetError, ConfigError
+from foveate.geometry.patch_source import PatchSource, TensorPatches
+from foveate.nn.buffered import select_buffered
+from foveate.nn.query_attention import Tally
+from foveate.nn.rank import RANKS, score_patches, top_positions
+from foveate.nn.selection import Scorer, Selection, check_finite, check_keep, device_of, relative_centres
+from foveate.nn.stream import Vectors, encoded, evaluating, in_blocks
+
+RULES = ("exact", "buffered")
+_SCORED = 256  # rows that are scored at a time
+
+
+class PatchSelector:
+    """Chooses patches without gradient, in memory that does not grow with the bag but for its logits.
+
+    ``exact`` reads the bag once, keeps the logits alone (A floats per patch), and ranks when it has seen everything.
+    The choice is that of attention over the entire bag, the same for every ``chunk``, order and number of workers.
+    Encoder and scorer are in evaluation mode meanwhile; afterwards, also behind an error, every one of their modules is
+    in the mode that it was in.
+
+    A bag of at most ``keep`` patches is kept whole, and an empty bag gives an empty selection. Nothing is ever padded.
+
+    Args:
+        encoder: ``[R, C, *P]`` or ``[R, F]`` float32 to ``[R, D]``, each row by itself in evaluation mode.
+        scorer: has ``logits``, such as ``QueryAttention``.
+        keep: patches that stay.
+        rule: ``exact``, or ``buffered`` (published; depends on ``chunk`` where there is more than one head).
+        rank: ``mean`` (published), ``best``, ``lse`` or ``quota``, see ``score_patches``.
+        position: takes centres relative to the image ``[R, N]`` to codes ``[R, D]`` that are added before scoring.
+        shuffle: whether the buffered rule sees the patches in random order; needs a generator.
+        workers: threads that read ahead.
+
+    Raises:
+        BudgetError: ``keep`` below 1.
+        ConfigError: an unknown rule or rank, or settings that contradict each other.
+
+    Source: Bergner et al., ICLR 2023, arXiv 2210.13007, algorithm 1. **Differs**: the softmax is over all patches
+    and not over buffer and chunk, so the working set need not be as large as ``keep`` and does not change the result.
+    """
+
+    def __init__(
+        self,
+        encoder: Callable[[Tensor], Tensor],
+        scorer: Scorer,
+        keep: int = 64,
+        *,
+        rule: str = "exact",
+        rank: str = "mean",
+        position: Callable[[Tensor], Tensor] | None = None,
+        shuffle: bool = False,
+        workers: int = 0,
+    ) -> None:
+        check_keep(keep)
+        if rule not in RULES or rank not in RANKS:
+            raise ConfigError(
+                f"rule={rule!r}, rank={rank!r}: rules are {', '.join(RULES)}, ranks are {', '.join(RANKS)}; "
+                "choose one of each"
+            )
+        if rule == "buffered" and rank != "mean":
+            raise ConfigError(f"rank={rank!r} with rule='buffered': the published rule ranks by 'mean'; choose that")
+        if shuffle and rule == "exact":
+            raise ConfigError("shuffle=True with rule='exact': the order changes nothing; choose rule='buffered'")
+        self.encoder, self.scorer, self.keep = encoder, scorer, keep
+        self.rule, self.rank, self.position = rule, rank, position
+        self.shuffle, self.workers = shuffle, workers
+
+    @torch.no_grad()
+    def select(
+        self,
+        source: PatchSource | Tensor,
+        chunk: int = 256,
+        generator: torch.Generator | None = None,
+        *,
+        keep: int | None = None,
+        shortcut: bool = False,
+        tally: bool = False,
+    ) -> Selection:
+        """Choose the patches of one bag.
+
+        Args:
+            source: the bag, or its patches ``[N, C, *P]`` or features ``[N, F]``.
+            chunk: patches read at a time; sets memory and speed, and with the ``exact`` rule nothing else.
+            generator: where the order of a shuffled bag comes from.
+            keep: instead of the selector's own.
+            shortcut: whether a bag of at most ``keep`` patches is kept without a look at it (published).
+            tally: whether to count attention over the entire bag as well.
+
+        Raises:
+            BudgetError: ``chunk`` or ``keep`` below 1.
+            ConfigError: a shuffle without generator, or positions of a bag without boxes.
+            FormatError: a patch whose logits are not finite.
+
+        Cost: N encodes, one for all blank patches; ``4 * A * N`` bytes, and a chunk and its activations.
+        """
+        source = TensorPatches(source) if isinstance(source, Tensor) else source
+        keep = min(check_keep(self.keep if keep is None else keep), len(source))
+        if chunk < 1:
+            raise BudgetError(f"chunk={chunk} is below 1; 256 suits most machines")
+        whole_bag = torch.arange(len(source))
+        if keep == len(source) and (len(source) == 0 or (shortcut and not tally)):
+            return Selection(whole_bag, None, len(source))
+        with evaluating(self.encoder, self.scorer, self.position):
+            if self.rule == "buffered":
+                order = self._order(len(source), generator)
+                return select_buffered(self.encoder, self.scorer, source, keep, chunk, order, self.position)
+            logits_NA, whole = self.look(source, whole_bag, chunk, tally=tally)
+        score_N = score_patches(logits_NA, keep, self.rank)
+        index = top_positions(score_N, keep)
+        return Selection(index.cpu(), score_N[index].cpu(), len(source), logits_NA, whole)
+
+    def _order(self, num_patches: int, generator: torch.Generator | None) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(num_patches)
+        if generator is None:
+            raise ConfigError("shuffle=True without a generator: give one, so that the order can be had again")
+        return torch.randperm(num_patches, generator=generator)
+
+    def look(
+        self, source: PatchSource, index: Int64[Tensor, " R"], chunk: int, *, tally: bool = False
+    ) -> tuple[Float[Tensor, "R A"], Tally | None]:
+        """Logits of some patches in the order of ``index`` (ascending), and their tally where asked for."""
+        device = device_of(self.encoder, self.scorer)
+        place = relative_centres(source) if self.position is not None else None
+        logits_RA, whole = None, None
+        for part in encoded(self.encoder, source, index, chunk, device=device, workers=self.workers):
+            for at, x_RD, row in self._placed(part, place):
+                logits_UA = in_blocks(self.scorer.logits, x_RD, _SCORED)
+                if logits_RA is None:
+                    logits_RA = logits_UA.new_empty(len(index), logits_UA.shape[1])
+                check_finite(logits_UA, at, row)
+                to = torch.searchsorted(index, at).to(device)
+                logits_RA[to] = logits_UA[row]
+                if tally:
+                    times = row.bincount(minlength=len(x_RD))
+                    some = times > 0
+                    one = Tally.of((logits_UA.double() + times.log()[:, None])[some], x_RD[some])
+                    whole = one if whole is None else whole.merge(one)
+        assert logits_RA is not None
+        return logits_RA, whole
+
+    def _placed(self, part: Vectors, place: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Positions, vectors with their place, and the vector of each position."""
+        row = part.row.to(part.x.device)
+        if place is None or self.position is None:
+            return [(part.index, part.x, row)]
+        pieces = zip(part.index.split(_SCORED), row.split(_SCORED), strict=True)
+        code = self.position
+        return [
+            (
+                at,
+                part.x[which] + in_blocks(code, place[at].to(part.x), _SCORED).to(part.x),
+                torch.arange(len(at), device=row.device),
+            )
+            for at, which in pieces
+        ]
+
+    def with_encoder(self, encoder: Callable[[Tensor], Tensor]) -> "PatchSelector":
+        """The same selector with another encoder, such as a fast copy of its own."""
+        return PatchSelector(
+            encoder,
+            self.scorer,
+            self.keep,
+            rule=self.rule,
+            rank=self.rank,
+            position=self.position,
+            shuffle=self.shuffle,
+            workers=self.workers,
+        )

@@ -1,0 +1,211 @@
+"""Patches of any source through an encoder without gradient: in blocks of one size, each distinct constant once.
+
+Legend: N patches of a source, R patches read at a time, U distinct ones, D width.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor, nn
+
+from foveate.geometry.patch_source import PatchSource, constant_of
+
+Encode = Callable[[Tensor], Tensor]
+_PIXEL_ROWS, _FEATURE_ROWS = 64, 1024
+_MOST_CONSTANTS = 4096
+
+
+@contextmanager
+def evaluating(*modules: object) -> Iterator[None]:
+    """Evaluation mode inside; behind it, also after an error, every single module is in the mode that it was in."""
+    flags = [(part, part.training) for module in modules if isinstance(module, nn.Module) for part in module.modules()]
+    try:
+        for part, _ in flags:
+            part.training = False
+        yield
+    finally:
+        for part, flag in flags:
+            part.training = flag
+
+
+def as_float(pixels: Shaped[Tensor, "R *rest"]) -> Float[Tensor, "R *rest"]:
+    """Pixels of whole numbers as float32 in 0 to 1, others as float32 as they are."""
+    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+
+
+def block_rows(pixels: Shaped[Tensor, "R *rest"]) -> int:
+    """Patches that an encoder takes at a time: few images, many feature vectors, eight times as many on a device."""
+    rows = _FEATURE_ROWS if pixels.ndim == 2 else _PIXEL_ROWS
+    return rows if pixels.device.type == "cpu" else 8 * rows
+
+
+def in_blocks(encode: Encode, x: Shaped[Tensor, "R *rest"], rows: int) -> Tensor:
+    """``encode(x)`` in blocks of exactly ``rows``, the last one filled up with copies of a row.
+
+    On the CPU the bits of a row then depend on the row alone: matrix products round the last bit another way when the
+    number of rows changes, but not when rows change places (measured, one and two threads).
+
+    Args:
+        encode: takes rows to rows.
+        x: at least one row.
+        rows: at least 1.
+    """
+    outs = []
+    for part in x.split(rows):
+        lack = rows - len(part)
+        full = torch.cat([part, part[:1].expand(lack, *part.shape[1:])]) if lack else part
+        outs.append(encode(full)[: len(part)])
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """Some encoded patches.
+
+    Args:
+        index: their positions in the source, each position in one value alone.
+        x: one vector for each distinct patch.
+        row: which vector each position has.
+    """
+
+    index: Int64[Tensor, " R"]
+    x: Float[Tensor, "U D"]
+    row: Int64[Tensor, " R"]
+
+
+def encoded(
+    encode: Encode,
+    source: PatchSource,
+    index: Int64[Tensor, " R"],
+    chunk: int,
+    *,
+    device: torch.device,
+    workers: int = 0,
+) -> Iterator[Vectors]:
+    """Read and encode patches, in whatever order comes cheapest; every position comes out once.
+
+    A patch that is one constant (a blank one) is encoded once per value, and one that the source knows to be blank is
+    not even read. The vectors do not depend on ``chunk``, ``workers`` or the order of ``index``; on the CPU to the bit.
+
+    Args:
+        encode: takes ``[R, C, *P]`` or ``[R, F]`` float32 to ``[R, D]``, each row by itself.
+        source: what is read.
+        index: which patches.
+        chunk: patches read at a time.
+        device: where they are encoded.
+        workers: threads that read ahead; 0: read when needed.
+
+    Cost: memory of ``(workers + 1) * chunk`` patches, and of one block inside the encoder.
+    """
+    pending = _Pending(encode)
+    blank = torch.zeros(0, dtype=torch.int64)
+    known = constant_of(source)
+    if known is not None:
+        is_blank = known[index]
+        blank = index[is_blank]
+        index = torch.cat([blank[:1], index[~is_blank]])
+    for at, pixels in _reads(source, index, chunk, workers):
+        same = blank[1:] if len(blank) and at[0] == blank[0] else blank[:0]
+        pending.add(at, as_float(pixels.to(device)), same)
+        yield from pending.blocks(last=False)
+    yield from pending.blocks(last=True)
+
+
+def _reads(source: PatchSource, index: Tensor, chunk: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    parts = [part for part in index.split(chunk) if len(part)]
+    if workers == 0:
+        yield from ((part, source.read(part)) for part in parts)
+        return
+    ahead: deque[tuple[Tensor, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for part in parts:
+            ahead.append((part, pool.submit(source.read, part)))
+            if len(ahead) > workers:
+                at, future = ahead.popleft()
+                yield at, future.result()
+        for at, future in ahead:
+            yield at, future.result()
+
+
+class _Pending:
+    """Distinct patches that wait for their block, and who they stand for."""
+
+    def __init__(self, encode: Encode) -> None:
+        self._encode = encode
+        self._pixels: list[Tensor] = []
+        self._num = 0  # rows that wait
+        self._index: list[Tensor] = []
+        self._row: list[Tensor] = []  # counted in the rows that wait
+        self._waiting: dict[bytes, int] = {}  # constants, by value
+        self._known: dict[bytes, Tensor] = {}
+        self._ready: list[Vectors] = []
+
+    def add(self, at: Tensor, pixels: Tensor, same: Tensor) -> None:
+        """Patches ``pixels`` at ``at``; those at ``same`` equal the first one."""
+        plain = torch.ones(len(at), dtype=torch.bool)
+        if pixels.ndim > 2:
+            flat = pixels.flatten(2)
+            plain = ~(flat == flat[..., :1]).all(2).all(1).cpu()
+            self._add_constants(at[~plain], pixels[~plain.to(pixels.device)], same if not plain[0] else same[:0])
+        if len(same) and bool(plain[0]):
+            self._queue(torch.cat([at[:1], same]), pixels[:1])
+            plain[0] = False
+        if bool(plain.any()):
+            self._pixels.append(pixels[plain.to(pixels.device)])
+            rows = len(self._pixels[-1])
+            self._index.append(at[plain])
+            self._row.append(torch.arange(self._num, self._num + rows))
+            self._num += rows
+
+    def _queue(self, at: Tensor, pixels: Tensor) -> None:
+        """One row that stands for all of ``at``."""
+        self._pixels.append(pixels)
+        self._index.append(at)
+        self._row.append(torch.full((len(at),), self._num))
+        self._num += 1
+
+    def _add_constants(self, at: Tensor, pixels: Tensor, same: Tensor) -> None:
+        if not len(at):
+            return
+        values, which = pixels.flatten(2)[..., 0].unique(dim=0, return_inverse=True)
+        which = which.cpu()
+        for place, value in enumerate(values.cpu()):
+            key, mine = value.numpy().tobytes(), at[which == place]
+            if len(same) and place == int(which[0]):
+                mine = torch.cat([mine, same])
+            if key in self._known:
+                self._ready.append(Vectors(mine, self._known[key], torch.zeros_like(mine)))
+            elif key in self._waiting:
+                self._index.append(mine)
+                self._row.append(torch.full((len(mine),), self._waiting[key]))
+            else:
+                self._waiting[key] = self._num
+                self._queue(mine, pixels[which.to(pixels.device) == place][:1])
+
+    def blocks(self, *, last: bool) -> Iterator[Vectors]:
+        """What can be had now: whole blocks, or everything."""
+        ready, self._ready = self._ready, []
+        yield from ready
+        if not self._num:
+            return
+        rows = block_rows(self._pixels[0])
+        num = self._num if last else self._num // rows * rows
+        if not num:
+            return
+        pixels = self._pixels[0] if len(self._pixels) == 1 else torch.cat(self._pixels)
+        index, row = torch.cat(self._index), torch.cat(self._row)
+        x_UD = in_blocks(self._encode, pixels[:num], rows)
+        for key in [key for key, place in self._waiting.items() if place < num]:
+            place = self._waiting.pop(key)
+            if len(self._known) < _MOST_CONSTANTS:
+                self._known[key] = x_UD[place : place + 1].clone()
+        self._waiting = {key: place - num for key, place in self._waiting.items()}
+        done = row < num
+        self._pixels = [pixels[num:].clone()] if num < self._num else []
+        self._index, self._row, self._num = [index[~done]], [row[~done] - num], self._num - num
+        yield Vectors(index[done], x_UD, row[done])
