@@ -1,0 +1,160 @@
+"""Pruned segmentation of volumes at equal training time: against dense, MONAI's UNETR, merging and other pruning.
+
+    python benchmarks/scd_quality.py [--msd DIR] [--seconds 45] [--runs DIR] [--report] [--quick] [--out DIR]
+
+Every run is kept as a JSON file below ``--runs``, so that the benchmark can be continued and its table made again;
+``--report`` makes the table of the runs that are there. The hippocampus set of the Medical Segmentation Decathlon is
+read from ``--msd`` or the variable FOVEATE_MSD (images/, labels/, split.csv), and left out where neither is given.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import record
+from _quality_claims import claims_of
+from _quality_data import VolumeSet, hippocampus, marked, organs
+from _quality_runs import Side, build, run, score, train, with_model
+
+PROTOCOL = """
+Every side trains from scratch on one thread for {seconds:g} CPU seconds of its process ({short:g} in ablations, without
+pixels and on "marked"): reading of samples, shifts and contrast, cutting of trees and steps count. Batch 1, AdamW,
+cosine by time, the same order of the data, the same cross entropy and Dice. Learning rates: 2e-3 for ours, not tuned;
+for every other side the best of 1e-3, 2e-3 and 4e-3 on validation volumes of "organs" ({rates}). The last weights are
+scored, once, on test volumes on which nothing was chosen: Dice per volume and class in voxels at full resolution. These
+are seconds of a shared CPU: compared is how far each side gets, not where it would converge. Sets: "organs", ten organs
+in 48^3 (foveate.testing.organ_volume; 96 train, 16 val, 16 test); "hippocampus", MSD Task04 (its val, 32 volumes, is
+the test; an eighth of its train is val); "marked", eight equal balls, one of them named by a mark in a corner
+(marked_volume; 256 train, 32 test). Model: ViT of width 96, 6 blocks, 2 heads, patch size 4, sparse decoder of width 8.
+"ours": pruned behind the first and third block, scores taught, full resolution for what the first prune point kept;
+"adaptive": leaves no smaller than 4 voxels, at most 576, 384 and 432 for the three sets, of which 75 and then 50 %
+stay; "uniform": the grid of 4 voxels, of which 50 and then 25 % stay. "dense": the same without pruning. "ToMe",
+"Cropr": plain re-implementations (benchmarks/_reductions.py) on the uniform grid with the dense side's decoder, down to
+25 % as ours. "UNETR": MONAI's, patch size 16 (fixed there), 12 blocks of width 96, feature size 8. "identity":
+ours-adaptive without transformer blocks; "random": with scores by chance. Boundary recall: share of the tokens with a
+label edge that are kept to the end, mean over test volumes. Spread: 95 % t interval over seeds; a gain is the mean of
+differences with equal seeds.
+"""
+SETS, SHORT = ("organs", "hippocampus"), 0.6
+LR = {"dense-uniform": 2e-3, "dense-adaptive": 2e-3, "UNETR": 2e-3, "ToMe": 2e-3, "Cropr": 2e-3}
+ADAPTIVE, GRID = Side("ours-adaptive"), Side("ours-uniform", leaves="uniform")
+MAIN = (
+    ADAPTIVE,
+    replace(ADAPTIVE, name="dense-adaptive", reduce="", lr=LR["dense-adaptive"]),
+    replace(GRID, name="dense-uniform", reduce="", lr=LR["dense-uniform"]),
+    Side("UNETR", leaves="voxels", reduce="", lr=LR["UNETR"]),
+    replace(GRID, name="ToMe", reduce="merge", lr=LR["ToMe"]),
+    replace(GRID, name="Cropr", reduce="cropr", lr=LR["Cropr"]),
+    GRID,
+)
+CONTROLS = (replace(ADAPTIVE, name="identity", reduce="identity"), replace(ADAPTIVE, name="random", reduce="random"))
+ABLATIONS = (
+    *(with_model(ADAPTIVE, f"completion-{kind}", completion=kind) for kind in ("none", "block", "mask")),
+    with_model(ADAPTIVE, "estimator-softmax", estimator="softmax"),
+    replace(ADAPTIVE, name="untaught", score_weight=0.0),
+    with_model(replace(ADAPTIVE, score_weight=0.0), "untaught-softmax", estimator="softmax"),
+)
+BLIND = {"decoder": "linear"}  # sees tokens alone, no pixels
+WITHOUT_PIXELS = (
+    with_model(ADAPTIVE, "ours", **BLIND),
+    with_model(MAIN[1], "dense", **BLIND),
+    with_model(replace(ADAPTIVE, score_weight=0.0), "untaught", **BLIND),
+    with_model(replace(ADAPTIVE, reduce="random"), "random", **BLIND),
+    with_model(replace(ADAPTIVE, reduce="identity"), "identity", **BLIND),
+)
+Job = tuple[str, str, Callable[[], dict[str, Any]]]
+EPOCHS, BUDGETS = (0, 1, 2, 4), (1.0, 0.5, 0.25, 0.1, 0.05)
+
+
+def trained(side: Side, data: VolumeSet, seconds: float, seed: int) -> dict[str, Any]:
+    return run(side, data, seconds, seed)[0]
+
+
+def recovery(data: VolumeSet, seconds: float) -> dict[str, Any]:
+    """Dice while a pruned model that took over the weights of a trained dense one is trained on."""
+    found, dense = run(MAIN[1], data, seconds, 0)
+    model = build(ADAPTIVE, data)
+    missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
+    assert not unexpected
+    assert all(name.startswith(("assembler", "encoder.pruners")) for name in missing)
+    curve: dict[str, float] = {}
+
+    def note(epoch: int) -> None:
+        if epoch in EPOCHS:
+            curve[str(epoch)] = score(model, ADAPTIVE, data, data.test)["dice"]
+
+    train(model, replace(ADAPTIVE, lr=ADAPTIVE.lr / 2), data, 1, epochs=EPOCHS[-1], watch=note)
+    return {"dense": found["dice"], "curve": curve}
+
+
+def budgets(data: VolumeSet, seconds: float) -> dict[str, Any]:
+    """One model, trained with drawn budgets, scored at each."""
+    side = replace(ADAPTIVE, budgets=(BUDGETS[-1], 1.0))
+    found, model = run(side, data, seconds, 0)
+    at = {str(left): score(model, side, data, data.test, left) for left in BUDGETS}
+    return {
+        "steps": found["steps"],
+        "at": {left: {key: one[key] for key in ("dice", "predict_seconds")} for left, one in at.items()},
+    }
+
+
+def jobs(sets: dict[str, VolumeSet], seconds: float, seeds: int) -> Iterator[Job]:
+    """All runs: what matters most, first."""
+    mark, short = sets["marked"], SHORT * seconds
+    for seed in range(seeds):
+        for name in SETS:
+            if name in sets:
+                for side in MAIN:
+                    yield name, f"{side.name}-{seed}", partial(trained, side, sets[name], seconds, seed)
+                for side in CONTROLS if seed == 0 else ():
+                    yield name, f"{side.name}-{seed}", partial(trained, side, sets[name], seconds, seed)
+        if seed == 0:
+            yield "organs", "budgets", partial(budgets, sets["organs"], seconds)
+            yield "organs", "recovery", partial(recovery, sets["organs"], short)
+            for side in WITHOUT_PIXELS:
+                yield "marked", f"{side.name}-0", partial(trained, side, mark, short, 0)
+            for side in WITHOUT_PIXELS[:-1]:
+                yield "organs", f"blind-{side.name}-0", partial(trained, side, sets["organs"], short, 0)
+            yield "organs", "short-0", partial(trained, ADAPTIVE, sets["organs"], short, 0)
+            for side in ABLATIONS:
+                yield "organs", f"{side.name}-0", partial(trained, side, sets["organs"], short, 0)
+
+
+def main(quick: bool, out: Path, msd: Path | None, seconds: float, runs: Path, report: bool) -> Path:
+    """Run what is missing, one after the other, and write the record of what is there."""
+    torch.set_num_threads(1)
+    sets = {"organs": organs(4, 2), "marked": marked(4, 2)} if quick else {"organs": organs(), "marked": marked()}
+    if msd is not None:
+        sets["hippocampus"] = hippocampus(msd)
+    seconds, runs = (1.0, runs / "quick") if quick else (seconds, runs)
+    runs.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, Any]] = {}
+    for name, title, job in jobs(sets, seconds, 1 if quick else 3):
+        path = runs / f"{name}.{title}.json"
+        if not path.exists() and not report:
+            path.with_suffix(".aside").write_text(json.dumps({**job(), "commit": record._commit()}, indent=1) + "\n")
+            path.with_suffix(".aside").rename(path)
+            print(path.stem, flush=True)
+        if path.exists():
+            found.setdefault(name, {})[title] = json.loads(path.read_text())
+    rates = ", ".join(f"{name} {lr:g}" for name, lr in LR.items())
+    head = "QUICK RUN, proves nothing. " if quick else ""
+    protocol = head + PROTOCOL.format(seconds=seconds, short=SHORT * seconds, rates=rates)
+    return record.write("scd-quality", protocol, claims_of(found), out)
+
+
+if __name__ == "__main__":
+    parser = record.arguments(__doc__)
+    given = os.environ.get("FOVEATE_MSD")
+    parser.add_argument("--msd", type=Path, default=Path(given) if given else None, metavar="DIR")
+    parser.add_argument("--seconds", type=float, default=45.0, help="CPU seconds of a training run (%(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/scd-quality"), metavar="DIR")
+    parser.add_argument("--report", action="store_true", help="train nothing; write the record of finished runs")
+    args = parser.parse_args()
+    print(main(args.quick, args.out, args.msd, args.seconds, args.runs, args.report))
