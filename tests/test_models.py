@@ -137,7 +137,7 @@ def test_names() -> None:
         "apf_vit_tiny", "apf_vit_tiny_3d", "apf_vit_tiny_3d_linear", "apf_vit_tiny_3d_unetr", "apf_vit_tiny_linear",
         "apf_vit_tiny_unetr",
     ]  # fmt: skip
-    assert sorted(fv.list_models("apf*") + fv.list_models("scd*")) == fv.list_models()
+    assert sorted(name for kind in ("apf*", "scd*", "ips*") for name in fv.list_models(kind)) == fv.list_models()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import foveate as fv
 import laws
 from foveate.errors import ConfigError, FormatError
 from foveate.geometry.patch_source import TensorPatches
@@ -158,3 +159,21 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         model_of(**wrong)
+
+
+@pytest.mark.parametrize("name", fv.list_models("ips*"))
+def test_models_have_names(name: str) -> None:
+    small = {"ips_features": {"in_chans": 64}, "ips_vit_tiny": {"depth": 1, "patch_size": 8}}.get(name, {})
+    model = fv.create_model(name, num_classes=3, **{"in_chans": 1, **small})
+    assert isinstance(model, fv.RecognitionModel)
+    patches = torch.rand(20, 64) if name == "ips_features" else torch.rand(20, 1, 8, 8)
+    assert model.eval()([TensorPatches(patches)])["label"].shape == (1, 3)
+
+
+def test_a_name_takes_tasks_as_mappings_and_refuses_strange_fields() -> None:
+    model = fv.create_model("ips_cnn", tasks=[{"name": "age", "kind": "regression", "num_outputs": 1}])
+    assert model.config.tasks == (TaskSpec("age", "regression", 1),)
+    with pytest.raises(ConfigError, match="'kep' is no field of a recognition model; fields are attend, "):
+        fv.create_model("ips_cnn", kep=3)
+    with pytest.raises(ConfigError, match=r"ips_cnn: a value has the wrong type .*; see RecognitionConfig"):
+        fv.create_model("ips_cnn", tasks=[{"nam": "age"}])

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from foveate.geometry.tree import adaptive_leaves as adaptive_leaves
     from foveate.geometry.tree import adaptive_leaves_batch as adaptive_leaves_batch
     from foveate.io.image import read_image as read_image
+    from foveate.models import RecognitionModel as RecognitionModel
     from foveate.models import SegmentationModel as SegmentationModel
     from foveate.models import create_model as create_model
     from foveate.models import list_models as list_models
     from foveate.models import sparsify as sparsify
+    from foveate.nn.selector import PatchSelector as PatchSelector
 
 __version__ = "0.1.0"
 
@@ -45,6 +47,8 @@ _HOMES = {
     "adaptive_leaves": "geometry.tree",
     "adaptive_leaves_batch": "geometry.tree",
     "read_image": "io.image",
+    "PatchSelector": "nn.selector",
+    "RecognitionModel": "models",
     "SegmentationModel": "models",
     "create_model": "models",
     "list_models": "models",
@@ -54,7 +58,9 @@ _HOMES = {
 __all__ = [
     "FoveateError",
     "Leaves",
+    "PatchSelector",
     "Patches",
+    "RecognitionModel",
     "SegmentationModel",
     "Split",
     "adaptive_leaves",

@@ -8,8 +8,10 @@ from typing import Any
 
 from foveate.errors import ConfigError
 from foveate.models.files import WEIGHTS_FILE, as_tuples, load_state
-from foveate.models.segmentation import ModelConfig, SegmentationModel, build_model
+from foveate.models.recognition_names import RECOGNITION, create_recognition
+from foveate.models.segmentation import ModelConfig, build_model
 from foveate.nn.encoder import Encoder
+from foveate.nn.heads import TaskSpec
 from foveate.nn.released import is_released, load_released
 from foveate.nn.weights import load_weights, read_state
 
@@ -57,16 +59,16 @@ def list_models(pattern: str = "*") -> list[str]:
     Args:
         pattern: shell pattern, such as ``"apf*_3d"``.
     """
-    return sorted(fnmatch.filter(_named(), pattern))
+    return sorted(fnmatch.filter([*_named(), *RECOGNITION], pattern))
 
 
 def create_config(name: str, **overrides: Any) -> ModelConfig:
-    """The configuration behind a name, with fields changed.
+    """The configuration behind the name of a segmentation model, with fields changed.
 
     Args:
-        name: one of ``list_models()``.
+        name: one of ``list_models()``, but for ``ips_*``.
         overrides: fields of ``ModelConfig``; and ``exact=True``, of ``scd_unetr_*``: the model as released, with
-            ``keep_ratio=0.1`` (`foveate.nn.released`).
+            ``keep_ratio=0.1``, or its dense baseline where ``prune_after=()`` (`foveate.nn.released`).
 
     Raises:
         ConfigError: an unknown name or field, or a value that is not possible.
@@ -84,7 +86,8 @@ def create_config(name: str, **overrides: Any) -> ModelConfig:
     if exact:
         if not name.startswith("scd_unetr"):
             raise ConfigError(f"exact=True with {name}: only scd_unetr_* models have been released; use one of these")
-        overrides = {**_EXACT, "out_blocks": (overrides.get("depth", models[name].depth) - 1,), **overrides}
+        last = {"out_blocks": (overrides.get("depth", models[name].depth) - 1,)}  # what all skips see, assembled
+        overrides = {**_EXACT, **(last if overrides.get("prune_after", True) else {}), **overrides}
     try:
         return replace(models[name], **as_tuples(overrides))
     except TypeError as error:
@@ -98,18 +101,21 @@ def create_model(
     num_classes: int = 2,
     weights: str | Path | None = None,
     **overrides: Any,
-) -> SegmentationModel:
+) -> Any:
     """Build a named model.
 
     Args:
         name: one of ``list_models()``.
-        in_chans: channels of the images; default 3 in 2-D and 1 in 3-D.
-        num_classes: K, background included.
+        in_chans: channels of the images; default 3 in 2-D and 1 in 3-D. For ``ips_features``: how many features.
+        num_classes: K, background included; for ``ips_*`` without ``tasks``, the classes of the one task.
         weights: file with the weights of a ViT (timm, DINOv2, transformers or pathology layout, safetensors) for the
             encoder, a folder that ``save_pretrained`` wrote, or a file of the released sparse or dense UNETR for all of
             a model.
         overrides: fields of ``ModelConfig`` to change, such as ``depth=6`` or ``patch_size=8``; ``exact=True`` makes
-            ``scd_unetr_*`` the released model.
+            ``scd_unetr_*`` the released model. For ``ips_*``: fields of ``RecognitionConfig``.
+
+    Returns:
+        A ``RecognitionModel`` for ``ips_*``, else a ``SegmentationModel``.
 
     Raises:
         ConfigError: an unknown name or field.
@@ -117,6 +123,10 @@ def create_model(
     """
     if in_chans is not None:
         overrides["in_chans"] = in_chans
+    if name in RECOGNITION:
+        return create_recognition(
+            name, weights=weights, **{"tasks": (TaskSpec("label", "classes", num_classes),), **overrides}
+        )
     model = build_model(create_config(name, num_classes=num_classes, **overrides))
     if weights is None:
         return model
