@@ -1,0 +1,244 @@
+"""Bags of features: what is written is read, a row costs a row, and what does not belong in a bag is refused."""
+
+import pickle
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from foveate.errors import FormatError, MissingExtraError, ShapeError
+from foveate.geometry.patch_source import PatchSource
+from foveate.io import tensor_file
+from foveate.io.bags import FeatureBag, write_bag
+from foveate.io.bags_h5 import export_h5, import_h5
+
+
+def boxes_of(num, side=16):
+    start = torch.arange(num)[:, None] * torch.tensor([side, side // 2])
+    return torch.stack([start, start + side], dim=1)
+
+
+def features(num=40, width=7):
+    return torch.randn(num, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def bag(tmp_path: Path) -> Path:
+    about = {"image": Path("a.svs"), "mpp": 0.5}
+    return write_bag(tmp_path / "a.safetensors", features(), boxes_of(40), (656, 400), {**about, "image": "a.svs"})
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_what_is_written_is_read(tmp_path: Path, half: bool) -> None:
+    path = write_bag(tmp_path / "a", features(), boxes_of(40), (656, 400), {"image": "a.svs", "mpp": 0.5}, half=half)
+    found = FeatureBag(path, width=7)
+    assert isinstance(found, PatchSource)
+    assert (len(found), found.width, found.shape) == (40, 7, (656, 400))
+    assert found.provenance == {"image": "a.svs", "mpp": 0.5}
+    assert torch.equal(found.boxes, boxes_of(40))
+    wanted = features().half() if half else features()
+    for index in (torch.arange(40), torch.tensor([39, 0, 0, 5]), torch.arange(3, 9), torch.arange(0)):
+        assert torch.equal(found.read(index), wanted[index])
+    assert torch.equal(pickle.loads(pickle.dumps(found)).read(torch.arange(40)), wanted)
+    assert np.array_equal(load_file(path)["features"], wanted.numpy())  # by any other reader
+
+
+@pytest.mark.parametrize("num", [0, 1])
+def test_a_bag_may_hold_one_patch_or_none(tmp_path: Path, num: int) -> None:
+    found = FeatureBag(write_bag(tmp_path / "a", features(num), boxes_of(num), (16, 16)), width=7)
+    assert found.read(torch.arange(num)).shape == (num, 7)
+    assert found.boxes.shape == (num, 2, 2)
+    assert FeatureBag(write_bag(tmp_path / "b", features(num))).boxes is None
+
+
+def test_parts_are_written_as_they_come(tmp_path: Path, bag: Path) -> None:
+    path = write_bag(
+        tmp_path / "b", iter(features().split(9)), boxes_of(40), (656, 400), {"image": "a.svs", "mpp": 0.5}
+    )
+    assert path.read_bytes() == bag.read_bytes()
+    empty = FeatureBag(write_bag(tmp_path / "c", iter(()), boxes_of(0), (16, 16)))
+    assert (len(empty), empty.width) == (0, 0)
+
+
+def test_pages_of_the_file_are_let_go(bag: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tensor_file, "_MOST_MAPPED", 100)
+    found = FeatureBag(bag)
+    for part in torch.arange(40).split(4):
+        assert torch.equal(found.read(part), features().half()[part])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"features": iter([features(4)])}, ShapeError, "parts of features without boxes do not say how many rows"),
+        (
+            {"features": iter([features()]), "boxes": boxes_of(39)},
+            ShapeError,
+            "more than 39 rows of features for 39 boxes; give each patch one row",
+        ),
+        (
+            {"features": iter([features()]), "boxes": boxes_of(41)},
+            ShapeError,
+            "40 rows of features for 41 boxes; give each patch one row",
+        ),
+        ({"boxes": boxes_of(40), "shape": (9, 9)}, ShapeError, r"box 0 is \[\[0, 0\], \[16, 16\]\]; give 0 <= start"),
+        (
+            {"features": iter([features(4), features(4, 3)]), "boxes": boxes_of(8)},
+            ShapeError,
+            r"features of \(4, 3\) in a bag of width 7; give \[R, 7\]",
+        ),
+        (
+            {"features": features().masked_fill(torch.eye(40, 7) > 0, float("nan"))},
+            FormatError,
+            r"7 features are NaN or infinite as float16, first of patch 0; check the encoder and its input$",
+        ),
+        (
+            {"features": features() * 1e5},
+            FormatError,
+            r"as float16, first of patch 0; check the encoder and its input, or store float32 \(half=False\)",
+        ),
+    ],
+)
+def test_what_is_no_bag_is_never_written(tmp_path: Path, change, error, message) -> None:
+    with pytest.raises(error, match=message):
+        write_bag(tmp_path / "a", **{"features": features(), **change})
+    assert not list(tmp_path.iterdir())
+
+
+def damage(path: Path, kind: str) -> None:
+    tensors = load_file(path)
+    about = {"kind": "foveate features", "shape": "[656, 400]", "provenance": "{}"}
+    if kind == "short":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "other":
+        save_file({"weight": np.zeros(3, np.float32)}, path)
+    elif kind == "whole numbers":
+        save_file(tensors | {"features": np.zeros((40, 7), np.int32)}, path, about)
+    elif kind == "boxes":
+        save_file(tensors | {"boxes": tensors["boxes"][:3]}, path, about)
+    elif kind == "provenance":
+        save_file(tensors, path, about | {"provenance": "[1]"})
+    elif kind == "outside":
+        save_file(tensors, path, about | {"shape": "[6, 4]"})
+    elif kind == "missing":
+        path.unlink()
+    else:
+        save_file({"features": tensors["features"]}, path, {"kind": "foveate sparse image"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("short", r"damaged foveate features .(features|boxes) of \(.*\) is cut short.; write it with foveate embed"),
+        ("other", "is a safetensors file of kind None, not a foveate features; write it with foveate embed, or import"),
+        ("sparse", "is a safetensors file of kind 'foveate sparse image', not"),
+        ("whole numbers", r"features is int32 \(40, 7\)"),
+        ("boxes", "3 boxes for 40 patches"),
+        ("provenance", "damaged foveate features"),
+        ("outside", r"box 0 is \[\[0, 0\], \[16, 16\]\]; give 0 <= start < stop inside the image of \(6, 4\)"),
+        ("missing", "cannot be read .No such file or directory.; check the path"),
+    ],
+)
+def test_a_damaged_bag_is_refused(bag: Path, kind: str, message: str) -> None:
+    damage(bag, kind)
+    with pytest.raises(FormatError, match=message):
+        _ = FeatureBag(bag).boxes
+
+
+def test_features_of_another_width_are_refused(bag: Path) -> None:
+    with pytest.raises(FormatError, match="holds features of width 7, the model takes 512; embed it the same way"):
+        FeatureBag(bag, width=512)
+
+
+def test_a_bag_is_not_replaced_unasked(bag: Path) -> None:
+    with pytest.raises(FormatError, match="exists already"):
+        write_bag(bag, features())
+    write_bag(bag, features(3), overwrite=True)
+    assert len(FeatureBag(bag)) == 3
+
+
+def write_h5(path: Path, values=None, corner=None, on_file=None, **attributes) -> Path:
+    with h5py.File(path, "w") as file:
+        if values is not None:
+            file["features"] = values
+        if corner is not None:
+            file["coords"] = corner
+            file["coords"].attrs.update(attributes)
+        file.attrs.update(on_file or {})
+    return path
+
+
+CORNER = np.array([[10, 20], [300, 40]])  # (x, y)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"patch_size_level0": 512, "patch_size": 256, "level0_height": 1000, "level0_width": 2000, "name": "slide"},
+        {"patch_size": 512, "patch_level": 0},
+        {"patch_size": 256, "patch_level": 1, "downsample": [2.0, 2.0]},
+    ],
+)
+def test_bags_of_others_are_read(tmp_path: Path, attributes) -> None:
+    values = features(2).numpy()
+    path = write_h5(tmp_path / "a.h5", values[None] if "name" in attributes else values, CORNER, **attributes)
+    found = FeatureBag(import_h5(path, tmp_path / "a.safetensors", half=False))
+    assert torch.equal(found.read(torch.arange(2)), features(2))
+    assert found.boxes.tolist() == [[[20, 10], [532, 522]], [[40, 300], [552, 812]]]
+    assert found.shape == ((1000, 2000) if "name" in attributes else None)
+    assert found.provenance["source"] == ("slide" if "name" in attributes else "a")
+
+
+def test_a_bag_goes_out_and_comes_back(tmp_path: Path, bag: Path) -> None:
+    path = export_h5(bag, tmp_path / "a.h5")
+    with h5py.File(path) as file:
+        assert file["coords"][3].tolist() == [24, 48]
+        assert (file["features"].dtype, file["coords"].attrs["patch_size_level0"]) == (np.float32, 16)
+    back = FeatureBag(import_h5(path, tmp_path / "b"))
+    assert torch.equal(back.read(torch.arange(40)), features().half())
+    assert torch.equal(back.boxes, boxes_of(40))
+    assert back.shape == (656, 400)
+    write_bag(tmp_path / "plain", features())
+    with pytest.raises(
+        FormatError, match="holds no boxes of a plane, which the h5 of CLAM needs; embed it from a slide"
+    ):
+        export_h5(tmp_path / "plain", tmp_path / "c.h5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"values": np.zeros((2, 3), "f4")}, "a.h5: holds no 'coords'; give a feature file of CLAM or TRIDENT, which"),
+        ({"corner": CORNER}, "a.h5: holds no 'features'; give a feature file"),
+        ({"values": np.zeros((3, 3), "f4"), "corner": CORNER}, r"holds features float32 \(3, 3\) and coords \(2, 2\)"),
+        (
+            {"values": np.zeros((2, 3), "f4"), "corner": CORNER},
+            "does not say how large a patch is at level 0; pass patch",
+        ),
+        (
+            {"values": np.full((2, 3), np.nan, "f4"), "corner": CORNER, "patch_size_level0": 9},
+            "6 features are NaN or infinite as float16, first of patch 0",
+        ),
+    ],
+)
+def test_bags_of_others_that_lack_something_are_refused(tmp_path: Path, arguments, message) -> None:
+    with pytest.raises(FormatError, match=message):
+        import_h5(write_h5(tmp_path / "a.h5", **arguments), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_h5_is_refused(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a.h5").write_bytes(b"nothing")
+    with pytest.raises(FormatError, match=r"a.h5: truncated or corrupt H5 \(.*\); fetch or export the file again"):
+        import_h5(tmp_path / "a.h5", tmp_path / "out")
+    with pytest.raises(FormatError, match=r"b.h5: cannot be read .no such file.; check the path"):
+        import_h5(tmp_path / "b.h5", tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(
+        MissingExtraError, match=r"the h5 files of CLAM and TRIDENT need h5py; pip install 'foveate\[h5\]'"
+    ):
+        import_h5(tmp_path / "a.h5", tmp_path / "out")
