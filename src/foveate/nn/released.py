@@ -44,8 +44,8 @@ def load_released(model: nn.Module, source: Path | Mapping[str, Tensor], path: P
     """Fill a whole model from weights of the released code.
 
     Args:
-        model: of ``create_model("scd_unetr_...", exact=True)``, or with ``prune_after=()`` and
-            ``geometry_code=False`` for the dense baseline; its `pos_grid` must be that of the weights. Filled in place.
+        model: of ``create_model("scd_unetr_...", exact=True)``, with ``prune_after=()`` for the dense baseline; its
+            ``pos_grid`` must be that of the weights. Filled in place.
         source: a ``.safetensors`` file, a ``.pth`` or ``.tar`` of tensors only (``weights_only=True``), or tensors.
         path: named in errors where ``source`` is no file.
 
