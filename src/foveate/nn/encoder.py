@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from foveate.errors import ConfigError
 from foveate.geometry.patches import Patches, pack
 from foveate.nn.attention import Attention, Packing, Rotate
+from foveate.nn.drop_path import DropPath
 from foveate.nn.embed import GeometryEmbed, PatchEmbed, grid_weights, rotary_angles, rotate
 from foveate.nn.pruner import AS_TRAINED, KeepRatio, Pruned, Pruning, Scores, TokenPruner, keep_counts
 from foveate.nn.published import published_counts
@@ -104,7 +105,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block on a pack."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, layer_scale: float | None) -> None:
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float, layer_scale: float | None, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads)
@@ -112,11 +115,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x_AD: Tensor, packing: Packing, turn: Rotate | None = None) -> Tensor:
         """Attend, then think."""
-        x_AD = x_AD + self.ls1(self.attn(self.norm1(x_AD), packing, turn))
-        out: Tensor = x_AD + self.ls2(self.mlp(self.norm2(x_AD)))
+        x_AD = x_AD + self.drop_path(self.ls1(self.attn(self.norm1(x_AD), packing, turn)), packing)
+        out: Tensor = x_AD + self.drop_path(self.ls2(self.mlp(self.norm2(x_AD))), packing)
         return out
 
 
@@ -143,6 +147,8 @@ class EncoderConfig:
     layer_scale: float | None = None
     rope: bool = False
     """Turn queries and keys by the leaves' centres as well."""
+    drop_path: float = 0.0
+    """Share of the images for which the last block is left out in training, falling evenly to the first one's."""
     checkpoint: bool = False
     """Keep only the inputs of the blocks for the backward pass and compute the rest again."""
     prune_after: tuple[int, ...] = ()
@@ -219,7 +225,8 @@ class Encoder(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, entries, width))
         self.geometry_embed = GeometryEmbed(config.num_dims, width) if config.geometry_code else None
         self.blocks = nn.ModuleList(
-            Block(width, config.num_heads, config.mlp_ratio, config.layer_scale) for _ in range(config.depth)
+            Block(width, config.num_heads, config.mlp_ratio, config.layer_scale, config.drop_path * i / config.depth)
+            for i in range(1, config.depth + 1)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pruners = nn.ModuleDict()  # by the block they prune behind; put there by `add_pruner`
@@ -326,7 +333,7 @@ class Encoder(nn.Module):
         pruned: Pruned = self.pruners[str(index)](x_KD, Packing(trail.lengths, x_KD.device), keep, pruning)
         kept, gone = pruned.apply(x_KD)
         if pruning.scores is not None:
-            pruning.scores.append(Scores(trail.positions, pruned.score, pruned.split.kept[0]))
+            pruning.scores.append(Scores(trail.positions, pruned.score, pruned.split.kept[0], x_KD.detach()))
         parts.append(trail.left(pruned, gone))
         after = trail.after(pruned)
         return after.with_prefix(kept, prefix), after

@@ -29,11 +29,13 @@ class Scores:
         rows: their positions in the pack, ascending.
         score: their importance, with gradient.
         kept: positions in ``rows`` of those that went on.
+        x: the tokens, without gradient, where there is somebody to read them.
     """
 
     rows: Int64[Tensor, " K"]
     score: Float[Tensor, " K"]
     kept: Int64[Tensor, " _"]
+    x: Float[Tensor, "K D"] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -43,6 +43,17 @@ def draw_pruning(train: TrainConfig, epoch: int, names: Sequence[str]) -> Prunin
     return Pruning(keep_ratio=ratio, noise=noise, noise_scale=train.prune_noise * fall, scores=[])
 
 
+def class_shares(soft: Float[Tensor, "T K *P"], weight: Float[Tensor, "T *P"]) -> Float[Tensor, "T K"]:
+    """Share of each class in every token; 0 where nothing is labelled.
+
+    Args:
+        soft: share of each class in every sample.
+        weight: labelled pixels under each sample.
+    """
+    area_T = weight.flatten(1).sum(1)
+    return (soft.flatten(2) * weight.flatten(1)[:, None]).sum(2) / area_T.clamp(min=1e-12)[:, None]
+
+
 def token_worth(soft: Float[Tensor, "T K *P"], weight: Float[Tensor, "T *P"]) -> Float[Tensor, " T"]:
     """What the labels say a token is worth: 1 with a label edge in it, 1/2 inside a class, 0 in background.
 
@@ -50,37 +61,40 @@ def token_worth(soft: Float[Tensor, "T K *P"], weight: Float[Tensor, "T *P"]) ->
         soft: share of each class in every sample.
         weight: labelled pixels under each sample; a token without any is worth -1, which means unknown.
     """
-    area_T = weight.flatten(1).sum(1)
-    share_TK = (soft.flatten(2) * weight.flatten(1)[:, None]).sum(2) / area_T.clamp(min=1e-12)[:, None]
+    share_TK = class_shares(soft, weight)
     edge_T = share_TK.max(1).values < 1 - 1e-6
     worth_T = torch.where(edge_T, 1.0, INSIDE * (share_TK[:, 0] < 0.5).float())
-    return torch.where(area_T > 0, worth_T, -1.0)
+    return torch.where(weight.flatten(1).sum(1) > 0, worth_T, -1.0)
+
+
+def image_of(lengths: Sequence[int], device: torch.device) -> Int64[Tensor, " T"]:
+    """The image that each token of a pack belongs to."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
 
 
 def score_loss(scores: Sequence[Scores], worth: Float[Tensor, " T"], lengths: Sequence[int]) -> Float[Tensor, ""]:
     """Binary cross entropy of the scores against what the tokens are worth, summed over images, meaned over stages.
 
-    Tokens worth something and tokens worth nothing count half each in every image, however few they are. Without such
-    a loss a score network hardly learns: through the choice alone its gradient is orders below that of the blocks.
+    What is worth something and what is not count half each in every image, however few tokens there are of one. Without
+    such a loss a score network hardly learns: through the choice alone its gradient is orders below that of the blocks.
 
     Args:
         scores: of every prune point.
-        worth: of every token of the pack, see `token_worth`.
+        worth: of every token of the pack, from 0 to 1; -1 where unknown. See `token_worth`.
         lengths: tokens of each image.
 
     Source: "patch contains foreground" as a target after HRViT (MICCAI 2025), on SCD, arXiv 2303.06522.
     **Differs** from SCD, which trains its scores through the choice alone.
     """
-    image_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(worth.device)
+    image_T = image_of(lengths, worth.device)
     total = worth.new_zeros(())
     for stage in scores:
         target, image = worth.index_select(0, stage.rows), image_T.index_select(0, stage.rows)
-        known = (target >= 0).float()
-        losses = functional.binary_cross_entropy_with_logits(stage.score.float(), target.clamp(min=0), reduction="none")
-        for member in (known * (target > 0), known * (target <= 0)):
+        known, score = (target >= 0).float(), stage.score.float()
+        for member, sign in ((target * known, 1.0), ((1 - target) * known, -1.0)):
             number_B = worth.new_zeros(len(lengths)).index_add(0, image, member)
-            sum_B = worth.new_zeros(len(lengths)).index_add(0, image, losses * member)
-            total = total + 0.5 * (sum_B / number_B.clamp(min=1)).sum()
+            sum_B = worth.new_zeros(len(lengths)).index_add(0, image, member * functional.softplus(-sign * score))
+            total = total + 0.5 * (sum_B / number_B.clamp(min=1e-6)).sum()
     return total / max(len(scores), 1)
 
 
