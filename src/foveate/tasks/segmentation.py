@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from foveate.errors import ConfigError
+from foveate.nn.pruner import Scores
 from foveate.tasks.checkpoint import find_checkpoint
 from foveate.tasks.config import FitConfig, save_config
 from foveate.tasks.data import Batch, Sample, SegmentationData, collate
@@ -18,8 +19,10 @@ from foveate.tasks.loop import Loop, LoopResult, on_cpu
 from foveate.tasks.losses import leaf_loss
 from foveate.tasks.metrics import PixelMetrics, mean_known
 from foveate.tasks.predict import SETTINGS
-from foveate.tasks.pruning import draw_pruning, prunes, score_loss, token_worth
+from foveate.tasks.pruning import class_shares, draw_pruning, prunes, score_loss, token_worth
 from foveate.tasks.run import CHECKPOINTS, open_run
+from foveate.tasks.score_targets import NAME as TEACHER
+from foveate.tasks.score_targets import Teacher, apart, load_teacher, loss_worth, save_teacher
 from foveate.tasks.scoring import score_item
 from foveate.tasks.slides import check_large_files
 
@@ -75,7 +78,8 @@ class SegmentationTask:
         images = torch.stack([part.sum() > 0 for part in weight_TS.split(list(batch.patches.lengths))])
         pixels = sum(float(value) * factor for value, factor in zip(by_class_K.tolist(), factors_K, strict=True))
         found = {"ce": pixels, "dice_loss": float(images.sum())}
-        return found | {"score_loss": float(images.sum())} if prunes(self.model) else found
+        taught = ("score_loss", "teacher_loss") if hasattr(self.model, TEACHER) else ("score_loss",)
+        return found | dict.fromkeys(taught if prunes(self.model) else (), float(images.sum()))
 
     def loss(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         """Sums of cross entropy and soft Dice over the batch, and of the scores' own loss where the model prunes."""
@@ -92,10 +96,23 @@ class SegmentationTask:
         )
         sums = {"ce": parts.ce_sum, "dice_loss": parts.dice_weight * parts.dice_sum}
         if pruning is not None:
-            worth_T = token_worth(batch.soft, batch.weight)
-            taught = score_loss(pruning.scores or [], worth_T, batch.patches.lengths)
-            sums["score_loss"] = train.score_weight * taught
+            sums |= self._score_losses(pruning.scores or [], batch, logits)
         return sums
+
+    def _score_losses(self, scores: Sequence[Scores], batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+        """The loss that teaches scores what ``train.score_target`` says, and that of a teacher where there is one."""
+        train, lengths = self.config.train, batch.patches.lengths
+        if train.score_target == "head":
+            known_T = batch.weight.flatten(1).sum(1) > 0
+            shares = class_shares(batch.soft, batch.weight)
+            worths, teacher_loss = getattr(self.model, TEACHER)(scores, shares, known_T, lengths)
+            each = [score_loss([stage], worth, lengths) for stage, worth in zip(scores, worths, strict=True)]
+            return {"score_loss": train.score_weight * torch.stack(each).mean(), "teacher_loss": teacher_loss}
+        if train.score_target == "loss":
+            worth_T = loss_worth(logits, batch.soft, batch.weight, lengths)
+        else:
+            worth_T = token_worth(batch.soft, batch.weight)
+        return {"score_loss": train.score_weight * score_loss(scores, worth_T, lengths)}
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Mean Dice and IoU in pixels at full resolution, and the ceiling that the trees leave."""
@@ -120,15 +137,19 @@ class SegmentationTask:
         return scores if scores["dice"] == scores["dice"] else scores | {"dice": 1.0, "iou": 1.0, "ceiling": 1.0}
 
     def save(self, folder: Path) -> None:
-        """Write the model and the settings that prediction needs."""
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        """Write the model and the settings that prediction needs; what only training needs lies beside them."""
+        with apart(self.model):
+            self.model.save_pretrained(folder)  # type: ignore[operator]
+        save_teacher(self.model, folder)
         save_config(self.config, folder / SETTINGS)
 
     def load(self, folder: Path) -> None:
         """Read back the weights that `save` wrote."""
         from safetensors.torch import load_file
 
-        self.model.load_state_dict(load_file(folder / "model.safetensors"))
+        with apart(self.model):
+            self.model.load_state_dict(load_file(folder / "model.safetensors"))
+        load_teacher(self.model, folder)
 
 
 @dataclass(frozen=True)
@@ -177,6 +198,9 @@ def build_task(config: FitConfig) -> SegmentationTask:
             weights=config.model.weights,
             **config.model.overrides,
         )
+        if config.train.score_target == "head" and prunes(model):
+            numbers = model.config.width, config.data.num_classes, len(model.config.prune_after)
+            model.add_module(TEACHER, Teacher(*numbers))
     patch_size = model.config.patch_size
     train = SegmentationData(split["train"], config, patch_size, train=True)
     val = SegmentationData(split["val"], config, patch_size, train=False) if split["val"] else None

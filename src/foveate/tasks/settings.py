@@ -126,9 +126,12 @@ class TrainConfig:
     """Weight of every class, background first, in the cross entropy; ``null``: all 1."""
     dice_weight: float = 1.0
     """Weight of the soft Dice beside the cross entropy; 0 turns it off."""
-    score_weight: float = 0.2
-    """Weight of the loss that teaches token scores what the labels make worth keeping, where the model prunes; 0: they
-    learn through the choice alone, which is hardly at all."""
+    score_weight: float = 1.0
+    """Weight of the loss that teaches token scores what is worth keeping, where the model prunes; 0: they learn through
+    the choice alone, which is hardly at all."""
+    score_target: str = "labels"
+    """What is worth keeping: ``labels`` (tokens with a label edge or a class), ``loss`` (tokens of high loss) or
+    ``head`` (tokens of which a small head, used in training only, cannot say the class)."""
     keep_ratio: tuple[float, float] | None = None
     """Range from which every step draws the model's ``keep_ratio``, so that one model serves any; ``null``: its own."""
     prune_noise: float = 0.0
@@ -152,6 +155,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         among("train.schedule", self.schedule, ("cosine", "linear", "constant"))
+        among("train.score_target", self.score_target, ("labels", "loss", "head"))
         among("train.precision", self.precision, ("fp32", "bf16", "fp16"))
         if self.tracker is not None:
             among("train.tracker", self.tracker, ("tensorboard", "wandb"))
