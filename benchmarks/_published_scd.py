@@ -65,11 +65,18 @@ class DenseUnetr(nn.Module):
     """UNETR's decoder for patch size 16, or for 8 with the token grid pooled once more, so that levels are as many."""
 
     def __init__(
-        self, in_chans: int, width: int, num_classes: int, side: int, patch_size: int, channels: int = 16
+        self,
+        in_chans: int,
+        width: int,
+        num_classes: int,
+        side: int,
+        patch_size: int,
+        num_dims: int = 3,
+        channels: int = 16,
     ) -> None:
         super().__init__()
-        common = {"spatial_dims": 3, "kernel_size": 3, "stride": 1, "norm_name": "instance", "res_block": True}
-        self.side, eight = side, patch_size == 8
+        common = {"spatial_dims": num_dims, "kernel_size": 3, "stride": 1, "norm_name": "instance", "res_block": True}
+        self.cells, eight = (side,) * num_dims, patch_size == 8
         up = {**common, "upsample_kernel_size": 2}
         del up["stride"]
         skip = {**common, "upsample_kernel_size": 2, "conv_block": True, "in_channels": width}
@@ -80,13 +87,14 @@ class DenseUnetr(nn.Module):
             self.encoder4 = UnetrBasicBlock(in_channels=width, out_channels=8 * channels, **common)
         else:
             self.encoder4 = UnetrPrUpBlock(out_channels=8 * channels, num_layer=0, **skip)
-        self.pool = nn.AvgPool3d(3, 2, 1) if eight else nn.Identity()
+        pool = nn.AvgPool3d if num_dims == 3 else nn.AvgPool2d
+        self.pool = pool(3, 2, 1) if eight else nn.Identity()
         widths = (width, 8 * channels, 4 * channels, 2 * channels, channels)
         self.ups = nn.ModuleList(UnetrUpBlock(in_channels=a, out_channels=b, **up) for a, b in pairwise(widths))
-        self.out = UnetOutBlock(spatial_dims=3, in_channels=channels, out_channels=num_classes)
+        self.out = UnetOutBlock(spatial_dims=num_dims, in_channels=channels, out_channels=num_classes)
 
     def forward(self, image: Tensor, hidden: Sequence[Tensor]) -> Tensor:
-        x3, x6, x9, last = (x.transpose(1, 2).unflatten(2, (self.side,) * 3).contiguous() for x in hidden)
+        x3, x6, x9, last = (x.transpose(1, 2).unflatten(2, self.cells).contiguous() for x in hidden)
         x = self.ups[0](self.pool(last), self.encoder4(x9))
         x = self.ups[1](x, self.encoder3(x6))
         x = self.ups[2](x, self.encoder2(x3))
@@ -94,12 +102,13 @@ class DenseUnetr(nn.Module):
 
 
 class PublishedSegmenter(nn.Module):
-    """Volume to logits: dense where ``ratio`` is 0, else the published sparse model.
+    """Volume (or image) to logits: dense where ``ratio`` is 0, else the published sparse model.
 
     Args:
         side: voxels of the volume per axis; the model is made for this size alone.
         ratio: share of the tokens that leaves at each prune point.
         fused: attend with the fused kernel.
+        num_dims: 3, or 2 for images.
     """
 
     def __init__(
@@ -114,22 +123,23 @@ class PublishedSegmenter(nn.Module):
         patch_size: int = 8,
         ratio: float = 0.0,
         fused: bool = False,
+        num_dims: int = 3,
     ) -> None:
         super().__init__()
         self.ratio, cells = ratio, side // patch_size
-        self.embed = nn.Conv3d(in_chans, width, patch_size, patch_size)
+        self.embed = (nn.Conv3d if num_dims == 3 else nn.Conv2d)(in_chans, width, patch_size, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.place = nn.Parameter(torch.randn(1, cells**3 + 1, width) * 0.02)
+        self.place = nn.Parameter(torch.randn(1, cells**num_dims + 1, width) * 0.02)
         self.blocks = nn.ModuleList(PlainBlock(width, num_heads, fused) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder = DenseUnetr(in_chans, width, num_classes, cells, patch_size)
+        self.decoder = DenseUnetr(in_chans, width, num_classes, cells, patch_size, num_dims)
         self.points = (2, 5, 8) if ratio else ()
         if ratio:
             self.scorers = nn.ModuleList(PlainScorer(width) for _ in self.points)
             self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in self.points)
             self.maps = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
             self.codes = nn.Parameter(torch.zeros(4, width))
-            self.fixed = nn.Parameter(torch.randn(1, cells**3 + 1, width) * 0.02, requires_grad=False)
+            self.fixed = nn.Parameter(torch.randn(1, cells**num_dims + 1, width) * 0.02, requires_grad=False)
             self.fusion = PlainBlock(width, num_heads, fused)
             self.last = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width))
 

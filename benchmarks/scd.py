@@ -1,6 +1,7 @@
-"""Pruned segmentation of volumes against the dense model, naive and fused, and against the published sparse model.
+"""Pruned segmentation of volumes and an image against the dense model, naive and fused, and the published sparse model.
 
-Run ``foveate bench scd`` (about eight CPU minutes) or ``--quick`` (seconds; proves nothing).
+Run ``foveate bench scd`` (about twenty CPU minutes) or ``--quick`` (seconds; proves nothing). ``--only PART`` runs the
+cases whose name holds PART and writes a record of its own.
 """
 
 from collections.abc import Callable
@@ -27,11 +28,12 @@ PROTOCOL = """
 Volumes with untrained weights, float32, one thread, process CPU time, all sides of a case in turn, least of n turns;
 spread: least and greatest ratio of one turn. Cases: "vit-b.96", 96^3, 1 channel, patch size 8, ViT-B, 14 classes;
 "vit-b.128", 128^3, 4 channels, patch size 8, ViT-B, 3 classes; "vit-s16.96", 96^3, 1 channel, patch size 16, ViT-S,
-14 classes; 12 blocks and a class token each (foveate.testing.synthetic_image in 3-D). Baselines
-(benchmarks/_published_scd.py): "dense naive" and "dense SDPA", ViT with the dense UNETR decoder and attention as a
-matrix or as torch's fused kernel; "published", the published sparse model, attention naive, pruning 1728 -> 172 -> 17
--> 1 at 96^3 and 4096 -> 1024 -> 256 -> 64 at 128^3. Ours prunes behind the same blocks, keeps the stated shares of
-all tokens and decodes at full resolution what the first prune point kept, with no fewer than 16 tokens left;
+14 classes; "vit-s.1024", an image of 1024^2, 3 channels, patch size 8, ViT-S, 5 classes; 12 blocks and a class token
+each (foveate.testing.synthetic_image). Baselines (benchmarks/_published_scd.py): "dense naive" and "dense SDPA", ViT
+with the dense UNETR decoder and attention as a matrix or as torch's fused kernel; "published", the published sparse
+model, attention naive, pruning 1728 -> 172 -> 17 -> 1 at 96^3 and 4096 -> 1024 -> 256 -> 64 at 128^3. Ours prunes
+behind the same blocks ("vit-s.1024", which has no published model: behind the 1st, 3rd and 6th), keeps the stated
+shares of all tokens and decodes at full resolution what the first prune point kept, with no fewer than 16 tokens left;
 "uniform": on the same grid; "adaptive": on a quarter as many adaptive leaves, the cutting of tree and patches timed,
 and in inference also the painting of all logits to voxels. Training step: forward and backward of the mean square of
 the logits; the optimiser is left out. Saved: bytes of the different storages that autograd keeps for the backward
@@ -55,29 +57,36 @@ class Case:
     ours: dict[str, tuple[float, ...]]
     targets: dict[str, tuple[float, float]]
     turns: int = 3
+    num_dims: int = 3
+    prune_after: tuple[int, ...] = (2, 5, 8)
 
 
 TENTH, QUARTER, HALF = (0.1, 0.01, 0.01), (0.25, 0.0625, 0.0156), (0.5, 0.25, 0.25)
 ALL = {"dense naive": (15, 18), "dense SDPA": (11, 13), "published": (8, 9)}
+PLANE = {"dense SDPA": (5, 5)}
 CASES = (
     Case("vit-b.96", 96, 1, 14, 8, 768, 0.9, {"uniform": TENTH, "adaptive": QUARTER}, ALL),
     Case("vit-s16.96", 96, 1, 14, 16, 384, 0.9, {"uniform": QUARTER}, {"dense SDPA": (4, 4)}),
     Case("vit-b.128", 128, 4, 3, 8, 768, 0.75, {"adaptive": QUARTER}, {"published": (12, 12)}, turns=2),
+    Case("vit-s.1024", 1024, 3, 5, 8, 384, 0.0, {"uniform": QUARTER, "adaptive": QUARTER}, PLANE, 1, 2, (0, 2, 5)),
 )
-QUICK = (Case("quick", 32, 1, 3, 8, 128, 0.5, {"uniform": HALF, "adaptive": QUARTER}, ALL, turns=1),)
+QUICK = (
+    Case("quick", 32, 1, 3, 8, 128, 0.5, {"uniform": HALF, "adaptive": QUARTER}, ALL, turns=1),
+    Case("quick.2d", 64, 3, 3, 8, 128, 0.0, {"adaptive": QUARTER}, PLANE, turns=1, num_dims=2),
+)
 
 
 def ours(case: Case, keep_ratio: tuple[float, ...]) -> nn.Module:
     return build_model(
         ModelConfig(
-            num_dims=3,
+            num_dims=case.num_dims,
             patch_size=case.patch_size,
             in_chans=case.in_chans,
             num_classes=case.num_classes,
             pos_grid=6,
             width=case.width,
             num_heads=case.width // 64,
-            prune_after=(2, 5, 8),
+            prune_after=case.prune_after,
             keep_ratio=keep_ratio,
             active_stage=0,
             decoder="sparse",
@@ -88,12 +97,12 @@ def ours(case: Case, keep_ratio: tuple[float, ...]) -> nn.Module:
 def baseline(case: Case, name: str) -> nn.Module:
     ratio = case.ratio if name == "published" else 0.0
     sizes = {"side": case.side, "in_chans": case.in_chans, "num_classes": case.num_classes, "width": case.width}
-    heads = {"num_heads": case.width // 64, "patch_size": case.patch_size}
+    heads = {"num_heads": case.width // 64, "patch_size": case.patch_size, "num_dims": case.num_dims}
     return PublishedSegmenter(**sizes, **heads, ratio=ratio, fused=name == "dense SDPA")
 
 
 def volume(case: Case) -> np.ndarray:
-    parts = [synthetic_image(case.side, seed=seed, num_dims=3)[0][:1] for seed in range(case.in_chans)]
+    parts = [synthetic_image(case.side, seed=seed, num_dims=case.num_dims)[0][:1] for seed in range(case.in_chans)]
     return np.concatenate(parts).astype(np.float32) / 255 - 0.5
 
 
@@ -194,7 +203,7 @@ def main(quick: bool = False, out: Path = record.RESULTS, only: str = "") -> Pat
             parts = sides(case)
             claims += speed(case, "forward", parts) + speed(case, "training", parts) + memory(case, parts)
     head = "QUICK RUN, proves nothing. " if quick else ""
-    return record.write("scd", head + PROTOCOL, claims, out)
+    return record.write("scd" + f"-{only}" * bool(only), head + PROTOCOL, claims, out)
 
 
 if __name__ == "__main__":
