@@ -15,6 +15,12 @@ from foveate.nn.selector import RULES
 from foveate.tasks.settings import ModelSpec, TrainConfig
 from foveate.tasks.settings_data import DataConfig, SplitConfig, among, require
 
+_ELSEWHERE = {
+    "tasks": "data.tasks",
+    "patch_size": "data.patch_size",
+    **{name: f"select.{name}" for name in ("keep", "chunk", "rule", "rank", "attend", "precision")},
+    "workers": "train.num_workers",
+}
 _UNUSED = ("class_weights", "dice_weight", "score_weight", "keep_ratio", "prune_noise")
 
 
@@ -215,6 +221,15 @@ class RecognitionModelSpec(ModelSpec):
 
     name: str = "ips_cnn"
     """Name from ``foveate.list_models("ips*")``."""
+    train_blocks: int | None = None
+    """How many of the encoder's last blocks are trained; 0: it is frozen; ``null``: all of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, where in _ELSEWHERE.items():
+            require(key not in self.overrides, f"model.overrides.{key} is set by {where}: change it there")
+        blocks = self.train_blocks
+        require(blocks is None or blocks >= 0, f"model.train_blocks={blocks} is negative: give 0 or more, or null")
 
 
 @dataclass(frozen=True)

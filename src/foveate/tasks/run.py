@@ -12,18 +12,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from foveate.errors import ConfigError, FormatError, MissingExtraError
 from foveate.tasks.checkpoint import find_checkpoint
-from foveate.tasks.config import FitConfig, TrainConfig, config_to_dict, load_config, save_config
+from foveate.tasks.config import TrainConfig, config_to_dict, load_as, save_config
 
 CONFIG, VERSIONS, METRICS, CHECKPOINTS = "config.yaml", "versions.json", "metrics.jsonl", "checkpoints"
 # what may differ when a run is continued: how long it goes on and how fast it is fed, never what it computes
 _FREE_TO_CHANGE = ("epochs", "max_steps", "minutes", "eval_every", "patience", "num_workers", "tracker")
 
 
-def open_run(config: FitConfig, *, resume: bool = False, overwrite: bool = False, active: bool = True) -> Path:
+@runtime_checkable
+class RunConfig(Protocol):
+    """What settings of every task have: a folder, and how to train."""
+
+    @property
+    def out(self) -> str:
+        """Folder of the run."""
+        ...
+
+    @property
+    def train(self) -> TrainConfig:
+        """How the model learns."""
+        ...
+
+
+def open_run(config: RunConfig, *, resume: bool = False, overwrite: bool = False, active: bool = True) -> Path:
     """Make, or go back to, the folder of a run, and write the settings and versions into it.
 
     Args:
@@ -58,7 +73,7 @@ def open_run(config: FitConfig, *, resume: bool = False, overwrite: bool = False
     return folder
 
 
-def _require_same(folder: Path, config: FitConfig, resume: bool) -> None:
+def _require_same(folder: Path, config: RunConfig, resume: bool) -> None:
     trained = find_checkpoint(folder / CHECKPOINTS / "last") is not None
     if not resume:
         if trained:
@@ -66,10 +81,9 @@ def _require_same(folder: Path, config: FitConfig, resume: bool) -> None:
                 f"out={folder} holds a run already; add --resume to continue it or --overwrite to redo it"
             )
         return
-    old = load_config(folder / CONFIG)
+    old: Any = load_as(type(config), folder / CONFIG)
     free = {name: getattr(config.train, name) for name in _FREE_TO_CHANGE}
     train = replace(old.train, **free)
-    assert isinstance(train, TrainConfig)
     ours, theirs = _flat(config_to_dict(config)), _flat(config_to_dict(replace(old, train=train, out=config.out)))
     changed = [key for key in ours if key != "data.root" and ours[key] != theirs.get(key)]
     if trained and changed:

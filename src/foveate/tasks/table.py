@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import ConfigError, FormatError
-from foveate.tasks.items import Item, group_of, group_split_sizes, inside, read_rows, stem_of
+from foveate.tasks.files import group_split_sizes, inside, read_rows, stem_of
+from foveate.tasks.items import Item, group_of
 from foveate.tasks.recognition_settings import TableConfig
 
 BAG = ".safetensors"

@@ -1,0 +1,34 @@
+"""A task, its settings and its folder through the loop."""
+
+from pathlib import Path
+
+from foveate.tasks.checkpoint import find_checkpoint
+from foveate.tasks.loop import Loop, LoopResult, Task, on_cpu
+from foveate.tasks.run import CHECKPOINTS, RunConfig, open_run
+
+
+def run_task(
+    task: Task, config: RunConfig, *, resume: bool = False, overwrite: bool = False
+) -> tuple[Path, LoopResult]:
+    """Train a task in the run folder that its settings name.
+
+    Args:
+        task: what is trained.
+        config: settings of the run.
+        resume: continue from the folder's last checkpoint.
+        overwrite: redo a run that is there already.
+
+    Returns:
+        The folder, and how training ended.
+
+    Raises:
+        ConfigError: the folder holds another run.
+        Interrupted: Ctrl-C or SIGTERM; everything is saved.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=on_cpu())
+    with state.main_process_first():
+        folder = open_run(config, resume=resume, overwrite=overwrite, active=state.is_main_process)
+    there = find_checkpoint(folder / CHECKPOINTS / "last") is not None if resume else False
+    return folder, Loop(task, config.train, folder, resume=there).run()
