@@ -198,11 +198,10 @@ class Sparsifier(nn.Module):
         eager = not torch.compiler.is_compiling()
         again = eager and torch._C._current_graph_task_id() != -1
         if again:
-            place = x.data_ptr()
-            self._run = next((run for run in reversed(self._runs) if place in run.inputs), self._run)
+            self._run = self._find(index, x.data_ptr())
         elif index == 0:
             self._run = start(self._turn(x), self.num_prefix, kwargs)
-            if eager and torch.is_grad_enabled() | self.training:
+            if eager and (torch.is_grad_enabled() or x.requires_grad):
                 self._runs.append(self._run)
         run = self._run
         if run is None:
@@ -216,6 +215,19 @@ class Sparsifier(nn.Module):
         if eager and not again:
             run.inputs.add(x.data_ptr())
         return run, again
+
+    def _find(self, index: int, place: int) -> Run:
+        """The pass whose block had its input at a place in memory; inside a recomputed segment, that of the segment."""
+        found = next((run for run in reversed(self._runs) if place in run.inputs), None)
+        if found is None and index == self._last + 1:
+            found = self._run
+        self._last = index
+        if found is None:
+            raise ShapeError(
+                f"block {index} is computed again for none of the last {len(self._runs)} forward passes; call backward "
+                "before, or do without activation checkpointing"
+            )
+        return found
 
     def _prune(self, y_BSD: Tensor, stage: int, run: Run, again: bool) -> Tensor:
         y_SD, alive, pruning = y_BSD.flatten(0, 1), run.alive[stage], self.pruning
