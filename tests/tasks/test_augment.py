@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.tasks.augment import augment, random_window
+from foveate.tasks.augment import augment, random_window, trim
 
 
 def pair(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -101,3 +101,18 @@ def test_pixels_that_are_not_square_are_turned_by_halves() -> None:
     shapes = {augment(image, labels, 0.5, np.random.default_rng(k), quarters=False)[1].shape for k in range(12)}
     assert shapes == {(24, 40)}
     assert len({augment(image, labels, 0.5, np.random.default_rng(k))[1].shape for k in range(12)}) == 2
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (8, 12, 3)])
+def test_trimming_keeps_the_middle(shape: tuple[int, ...]) -> None:
+    image, labels = pair(shape)
+    sizes = set()
+    for seed in range(20):
+        cut_image, cut_labels = trim(image, labels, 3, np.random.default_rng(seed))
+        assert cut_image.shape[1:] == cut_labels.shape
+        assert torch.equal(cut_image[0], cut_labels.float()), "image and labels are cut alike"
+        assert all(side // 2 <= left <= side for left, side in zip(cut_labels.shape, shape, strict=True))
+        assert int((cut_labels == 3).sum()) > 0
+        sizes.add(tuple(cut_labels.shape))
+    assert len(sizes) > 5
+    assert trim(image, labels, 0, np.random.default_rng(0))[0] is image

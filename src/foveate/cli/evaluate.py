@@ -19,7 +19,7 @@ def run(words: list[str]) -> int:
     from foveate.tasks.report import Gallery, run_report
 
     _, config = load_model(args.run)
-    gallery = Gallery(config.data.class_names)
+    gallery = Gallery(config.data.class_names, groups=config.data.groups)
     evaluation = evaluate(args.run, split=args.split, data_root=args.data_root, on_image=gallery)
     page = args.run / "evaluation" / f"{args.split}.html"
     run_report(evaluation, gallery).save(page)

@@ -79,6 +79,24 @@ def augment(
     return image, labels
 
 
+def trim(
+    image: Float32[Tensor, "C *S"], labels: UInt8[Tensor, "*S"], most: int, generator: np.random.Generator
+) -> tuple[Float32[Tensor, "C *s"], UInt8[Tensor, "*s"]]:
+    """Cut off up to ``most`` pixels at every side, so that leaves lie elsewhere; at least half of each axis stays.
+
+    Args:
+        image: normalised image.
+        labels: class per pixel.
+        most: pixels; 0 returns the input and draws nothing.
+        generator: source of all chance.
+    """
+    if most <= 0:
+        return image, labels
+    cuts = [generator.integers(min(most, side // 4) + 1, size=2) for side in labels.shape]
+    box = tuple(slice(int(cut[0]), side - int(cut[1])) for cut, side in zip(cuts, labels.shape, strict=True))
+    return image[(slice(None), *box)].contiguous(), labels[box].contiguous()
+
+
 def _mirror_and_turn(
     image: Tensor, labels: Tensor, generator: np.random.Generator, quarters: bool
 ) -> tuple[Tensor, Tensor]:

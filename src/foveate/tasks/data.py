@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from foveate.errors import ConfigError, FormatError
 from foveate.geometry.patches import Patches, pack, patchify, patchify_mask
-from foveate.tasks.augment import augment, random_window
+from foveate.tasks.augment import augment, random_window, trim
 from foveate.tasks.cut import cut, share_of
 from foveate.tasks.items import Item
 from foveate.tasks.labels import IGNORE, whole_labels
@@ -188,6 +188,7 @@ class SegmentationData(Dataset[Sample]):
         if self.train:
             sides = config.data.spacing or (1.0, 1.0)
             square = abs(sides[-1] / sides[-2] - 1) < _SQUARE
+            image, labels = trim(image, labels, self.config.train.trim, generator)
             image, labels = augment(image, labels, self.config.train.strength, generator, quarters=square)
         return make_sample(image, labels, config, self.patch_size, self.items[item].name)
 
@@ -225,7 +226,10 @@ class SegmentationData(Dataset[Sample]):
             shape = working_shape(old, replace(self.config.data, spacing=found.spacing))
             labels = None if found.labels is None else shrink_labels(found.labels, shape)
             spacing = resized_spacing(found.spacing, old, shape)
-            found = replace(found, image=resized_image(found.image, shape), labels=labels, spacing=spacing)
+            image, scale = found.image, found.scale
+            if self.config.data.resample is not None:  # values first, as in prediction: what is cut off stays cut off
+                image, scale = normalise(image, scale, self.config.data).numpy(), ()
+            found = replace(found, image=resized_image(image, shape), labels=labels, spacing=spacing, scale=scale)
         size = found.image.nbytes + (0 if found.labels is None else found.labels.nbytes)
         self._cache.put((i, shrunk), found, size)
         return found
@@ -267,7 +271,7 @@ class Decoded:
     Args:
         image: in its file's own type, with the channels the model sees.
         labels: class per pixel, or ``None`` where there is no mask.
-        scale: what `value_range` says of it.
+        scale: what `value_range` says of it; nothing where its values are normalised already.
         spacing: size of its pixels in mm, where known and meant.
     """
 

@@ -25,7 +25,7 @@ class Evaluation:
 
     run: Path
     split: str
-    classes: tuple[str, ...]  # without background
+    classes: tuple[str, ...]  # without background; the regions where there are any
     rows: tuple[Mapping[str, Any], ...]  # per image: name, dice/iou/hd95/ceiling per class, tokens, seconds
     summary: Mapping[str, Any]  # means with 95 % intervals, ceiling, tokens and seconds
     failed: tuple[str, ...] = ()  # one line per image that could not be read, and is in no mean
@@ -142,7 +142,7 @@ def evaluate(
         what = f"image {bare[0]} without a mask" if bare else "0 images"
         raise ConfigError(f"the {split} split has {what}; change data.split or data.masks, or choose another --split")
     data = SegmentationData(items, config, model.config.patch_size, train=False)
-    metrics = PixelMetrics(config.data.class_names, config.data.spacing)
+    metrics = PixelMetrics(config.data.class_names, config.data.spacing, groups=config.data.groups)
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     for index, item in enumerate(items):
@@ -159,14 +159,14 @@ def evaluate(
             on_image(item.name, *scored.shown)
     if not rows:
         raise FormatError(f"none of the {len(items)} {split} images can be scored (first: {failed[0]}); mend the files")
-    classes = config.data.class_names[1:]
+    classes = tuple(config.data.groups)
     evaluation = Evaluation(run, split, classes, tuple(rows), _summary(metrics, rows, config), tuple(failed))
     evaluation.save(run / "evaluation")
     return evaluation
 
 
 def _summary(metrics: PixelMetrics, rows: Sequence[Mapping[str, Any]], config: FitConfig) -> dict[str, Any]:
-    classes = config.data.class_names[1:]
+    classes = tuple(config.data.groups)
     ceiling = {name: interval([row["ceiling"][name] for row in rows]) for name in classes}
     ceiling["mean"] = interval([mean_known(row["ceiling"]) for row in rows])
     tokens = [row["tokens"] for row in rows]

@@ -23,7 +23,14 @@ TILE = 512
 
 
 def write_outputs(
-    painting: Painting, part: Part, goals: Mapping[str, Path], native: Raster, names: Sequence[str], *, pyramids: bool
+    painting: Painting,
+    part: Part,
+    goals: Mapping[str, Path],
+    native: Raster,
+    names: Sequence[str],
+    *,
+    pyramids: bool,
+    values: Sequence[int] | None = None,
 ) -> None:
     """Write every output into the part folder; what is there already is kept.
 
@@ -34,6 +41,7 @@ def write_outputs(
         native: The image as stored.
         names: Names of the classes, background first.
         pyramids: TIFFs are pyramids, written tile by tile.
+        values: What NIfTI holds for every class; None: its number.
     """
     outlines = _Outlines(painting) if any(ending.startswith("geojson") for ending in goals) else None
     for ending in sorted(goals, key=lambda ending: ending.startswith("geojson")):  # outlines grow with the pyramid
@@ -52,7 +60,7 @@ def write_outputs(
         elif outlines and ending.startswith("geojson"):
             _write_geojson(outlines, path, painting, names)
         else:
-            _write_whole(painting, path, ending, native)
+            _write_whole(painting, path, ending, native, values)
 
 
 class _Outlines:
@@ -155,13 +163,18 @@ def _write_geojson(outlines: _Outlines, path: Path, painting: Painting, names: S
     write_geojson(path, outlines.polygons, names, spacing=painting.spacing)
 
 
-def _write_whole(painting: Painting, path: Path, ending: str, native: Raster) -> None:
+def _write_whole(painting: Painting, path: Path, ending: str, native: Raster, values: Sequence[int] | None) -> None:
     """Labels in the grid that the input stores."""
     if ending == "nii.gz":
         from foveate.io.write_volume import write_volume
 
         like = native if isinstance(native, Volume) else None
-        write_volume(path, painting.labels.numpy(), like, spacing=None if like else painting.spacing)
+        labels = painting.labels.numpy()
+        if values is not None:
+            table = np.full(256, 255, np.uint16)
+            table[: len(values)] = values
+            labels = table[labels]
+        write_volume(path, labels, like, spacing=None if like else painting.spacing)
     elif ending == "zarr":
         from foveate.io.ngff_write import write_labels_zarr
 

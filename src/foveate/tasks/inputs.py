@@ -1,10 +1,12 @@
 """What ``predict`` was asked about: files, folders, globs, manifests, and the folders that are one image."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from foveate.errors import ConfigError
-from foveate.tasks.items import Item, find_items, is_image
+from foveate.tasks.files import is_image, siblings, stem_of
+from foveate.tasks.items import Item, find_items
 from foveate.tasks.settings import DataConfig
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".npy")
@@ -30,6 +32,30 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Item]:
         for item in found:
             items.setdefault(item.image, item)
     return list(items.values())
+
+
+def with_modalities(items: Sequence[Item], modalities: Sequence[str] | None) -> list[Item]:
+    """Put the files of each image together, found beside that of the first modality; all others are passed over.
+
+    Args:
+        items: what was found.
+        modalities: ``data.modalities`` of the model.
+
+    Raises:
+        ConfigError: there is no file of the first modality, or one of another is missing.
+    """
+    if not modalities:
+        return list(items)
+    first = [item for item in items if stem_of(item.image).endswith(modalities[0])]
+    if not first:
+        raise ConfigError(
+            f"{items[0].image} is no file of the modality {modalities[0]!r}: give that one, or the folder of all"
+        )
+    found = []
+    for item in first:
+        case, more = siblings(item.image, modalities)
+        found.append(replace(item, more=more, case=case))
+    return found
 
 
 def _expand(path: Path) -> Iterator[Item]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from foveate.errors import FoveateError
 from foveate.tasks.checkpoint import find_checkpoint, load_trainer, restore_rng, rng_state, save_checkpoint
 from foveate.tasks.config import TrainConfig
+from foveate.tasks.optimiser import learning_rate, make_optimizer, run_share
 from foveate.tasks.run import Metrics, Progress, Signals, installed_tracker
 
 _LOG_EVERY = 10  # steps per line of the metrics
@@ -159,6 +160,8 @@ class Loop:
         return LoopResult(reason, self.position, self._scores)
 
     def _epochs(self, signals: "Signals", progress: "Progress") -> str:
+        if self.config.eval_first and self.position.step == 0:
+            self._evaluate()
         while (reason := self._limit()) is None:
             size = self.config.batch_size * self.world
             plan = batch_plan(self.task.num_items, size, self.config.seed, self.position.epoch)
@@ -209,7 +212,7 @@ class Loop:
         start = time.perf_counter()
         rate = learning_rate(self.config, run_share(self.config, self.position, num_batches))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
         terms = self._step(micro)
         self.position.step += 1
         self.position.batch += len(micro)
@@ -337,48 +340,3 @@ def batch_plan(num_items: int, batch_size: int, seed: int, epoch: int) -> list[l
     """Order an epoch: every item once, in an order drawn from (seed, epoch) alone, in batches over all processes."""
     order = np.random.default_rng([seed, epoch]).permutation(num_items).tolist()
     return [order[start : start + batch_size] for start in range(0, num_items, batch_size)]
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW whose weight decay spares vectors (norms, biases) and the embeddings of place and kind."""
-    decay: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            spared = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in {"pos_embed", "cls_token", "reg_token"}
-            (free if spared else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
-
-
-def run_share(config: TrainConfig, position: Position, num_batches: int) -> float:
-    """How much of the run is over after the next step, from 0 to 1, by the limit that comes first.
-
-    Args:
-        config: Limits.
-        position: Where training stands before the step.
-        num_batches: Batches of an epoch, each over all processes.
-    """
-    steps = math.ceil(num_batches / config.accumulate)
-    limits = [config.epochs * steps if config.epochs else None, config.max_steps]
-    shares = [(position.step + 1) / limit for limit in limits if limit]
-    if config.minutes:
-        shares.append(position.seconds / (60 * config.minutes))
-    return min(max(shares, default=0.0), 1.0)
-
-
-def learning_rate(config: TrainConfig, share: float) -> float:
-    """The rate of a step: linear warm-up, then constant, or falling to zero by cosine or line.
-
-    It depends on the position in the run alone, so there is no scheduler state that could be lost.
-
-    Args:
-        config: Peak rate, warm-up share and schedule.
-        share: How much of the run is over, from `run_share`.
-    """
-    if share < config.warmup:
-        return config.lr * share / config.warmup
-    rest = (share - config.warmup) / (1 - config.warmup)
-    if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * rest))
-    return config.lr * (1 - rest) if config.schedule == "linear" else config.lr

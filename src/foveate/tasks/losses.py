@@ -71,6 +71,7 @@ def leaf_loss(
     lengths: Sequence[int],
     class_weights: Sequence[float] | None = None,
     dice_weight: float = 1.0,
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> LossParts:
     """Cross entropy and soft Dice of packed predictions, weighted by the pixels that each sample covers.
 
@@ -81,6 +82,7 @@ def leaf_loss(
         lengths: tokens of each image, summing to T.
         class_weights: weight of each class in cross entropy, background first; ``None``: all 1.
         dice_weight: weight of Dice; 0 leaves it out.
+        groups: labels of each union of classes that Dice is of; ``None``: every class but the background.
 
     Returns:
         Sums that add up over any division of the images; see :meth:`LossParts.total`.
@@ -115,7 +117,7 @@ def leaf_loss(
     present_B = _per_image(weight_TS.sum(1), image_T, len(lengths)) > 0
     dice_sum = logits_TKS.new_zeros(())
     if dice_weight > 0:
-        dice_sum = _dice_sum(log_TKS.exp(), target_TKS, weight_TS, image_T, present_B)
+        dice_sum = _dice_sum(log_TKS.exp(), target_TKS, weight_TS, image_T, present_B, groups)
     return LossParts(
         ce_sum=-(log_TKS * counted_TKS).sum(),
         weight_sum=counted_TKS.sum(),
@@ -125,14 +127,26 @@ def leaf_loss(
     )
 
 
-def _dice_sum(prob_TKS: Tensor, target_TKS: Tensor, weight_TS: Tensor, image_T: Tensor, present_B: Tensor) -> Tensor:
-    """1 - Dice, meaned over the classes beside background, summed over the images that have a labelled pixel."""
+def _dice_sum(
+    prob_TKS: Tensor,
+    target_TKS: Tensor,
+    weight_TS: Tensor,
+    image_T: Tensor,
+    present_B: Tensor,
+    groups: Sequence[Sequence[int]] | None,
+) -> Tensor:
+    """1 - Dice, meaned over the classes beside background or their unions, summed over images with a labelled pixel."""
     num_images = len(present_B)
-    overlap_BK = _per_image((prob_TKS * target_TKS).sum(2), image_T, num_images)[:, 1:]
-    guess_BK = _per_image((prob_TKS * weight_TS[:, None]).sum(2), image_T, num_images)[:, 1:]
-    truth_BK = _per_image(target_TKS.sum(2), image_T, num_images)[:, 1:]
-    dice_BK = (2 * overlap_BK + SMOOTH) / (guess_BK + truth_BK + SMOOTH)
-    return ((1 - dice_BK).mean(1) * present_B).sum()
+    prob_TGS, target_TGS = prob_TKS[:, 1:], target_TKS[:, 1:]
+    if groups is not None:
+        prob_TGS, target_TGS = (
+            torch.stack([part[:, list(labels)].sum(1) for labels in groups], dim=1) for part in (prob_TKS, target_TKS)
+        )
+    overlap_BG = _per_image((prob_TGS * target_TGS).sum(2), image_T, num_images)
+    guess_BG = _per_image((prob_TGS * weight_TS[:, None]).sum(2), image_T, num_images)
+    truth_BG = _per_image(target_TGS.sum(2), image_T, num_images)
+    dice_BG = (2 * overlap_BG + SMOOTH) / (guess_BG + truth_BG + SMOOTH)
+    return ((1 - dice_BG).mean(1) * present_B).sum()
 
 
 def _per_image(values_TX: Tensor, image_T: Tensor, num_images: int) -> Tensor:

@@ -37,6 +37,7 @@ class PixelMetrics:
 
     Args:
         class_names: all classes, background first; background is not scored.
+        groups: what is scored instead of each class: names, and the labels that make up each; they may overlap.
         spacing: pixel size in mm per axis; ``None``: distances are in pixels.
         absent: ``diagonal`` or ``drop``, the distance of a missed or invented structure.
         distances: compute the Hausdorff distance at all; it is most of the cost.
@@ -50,12 +51,17 @@ class PixelMetrics:
         class_names: Sequence[str],
         spacing: Sequence[float] | None = None,
         *,
+        groups: Mapping[str, Sequence[int]] | None = None,
         absent: str = "diagonal",
         distances: bool = True,
     ) -> None:
         if absent not in ("diagonal", "drop"):
             raise ConfigError(f"absent={absent!r} is neither 'diagonal' nor 'drop': choose one")
-        self.class_names = tuple(class_names)
+        self._num_classes = len(class_names)
+        self._groups: dict[str, tuple[int, ...]] = {name: (label,) for label, name in enumerate(class_names)}
+        if groups is not None:
+            self._groups = {class_names[0]: (0,), **{name: tuple(labels) for name, labels in groups.items()}}
+        self.class_names = tuple(self._groups)
         self.spacing = tuple(spacing) if spacing is not None else None
         self.absent = absent
         self.distances = distances
@@ -92,17 +98,23 @@ class PixelMetrics:
         sizes = self.spacing if spacing is None else tuple(spacing)
         if self.distances:
             known = real != IGNORE
-            for label, class_name in enumerate(self.class_names[1:], 1):
-                one, two = (guess == label) & known, (real == label) & known
+            for class_name, labels in list(self._groups.items())[1:]:
+                one, two = (np.isin(side, labels) & known for side in (guess, real))
                 far[class_name] = hausdorff95(one, two, sizes, absent=self.absent)
-        return self._add(name, count_labels(guess, real, len(self.class_names)), far, sizes)
+        return self._add(name, self.count(guess, real), far, sizes)
+
+    def count(
+        self, guess: Integer[NumpyArray, "..."] | int, real: Integer[NumpyArray, "..."]
+    ) -> Int64[NumpyArray, "K 3"]:
+        """`count_labels` of what is scored, background first."""
+        return count_labels(guess, real, self._num_classes, tuple(self._groups.values()))
 
     def update_counts(self, name: str, counts: Int64[NumpyArray, "K 3"]) -> dict[str, Any]:
         """Score one image that is too large to hold by its counts, and remember the result; there are no distances.
 
         Args:
             name: the image's name.
-            counts: sum of `count_labels` over boxes that cover the image once.
+            counts: sum of `count` over boxes that cover the image once.
 
         Returns:
             The row, as `update`; ``hd95`` is NaN.
@@ -166,7 +178,10 @@ def _row_means(table: NumpyArray) -> NumpyArray:
 
 
 def count_labels(
-    guess: Integer[NumpyArray, "..."] | int, real: Integer[NumpyArray, "..."], num_classes: int
+    guess: Integer[NumpyArray, "..."] | int,
+    real: Integer[NumpyArray, "..."],
+    num_classes: int,
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> Int64[NumpyArray, "K 3"]:
     """Pixels per class in both, in the prediction and in the truth, where the truth is known.
 
@@ -174,6 +189,7 @@ def count_labels(
         guess: class per pixel, or one for all.
         real: class per pixel, 255 where unknown.
         num_classes: K, background included.
+        groups: labels of each union of classes to count instead of every class.
     """
     size = IGNORE + 1
     if isinstance(guess, int):
@@ -183,8 +199,11 @@ def count_labels(
         pairs = real.ravel().astype(np.uint16) * np.uint16(size) + guess.ravel()
         table = np.bincount(pairs, minlength=size * size).reshape(size, size)
     table[IGNORE] = 0
-    counts = np.stack([np.diagonal(table), table.sum(0), table.sum(1)], axis=1)
-    return counts[:num_classes].astype(np.int64)
+    rows = []
+    for labels in [(label,) for label in range(num_classes)] if groups is None else groups:
+        at = list(labels)
+        rows.append((table[np.ix_(at, at)].sum(), table[:, at].sum(), table[at].sum()))
+    return np.array(rows, dtype=np.int64)
 
 
 def _dice_iou(both: int, one: int, two: int) -> tuple[float, float]:

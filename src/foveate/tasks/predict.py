@@ -30,7 +30,7 @@ from foveate.tasks.infer import (
     prepare,
     segment,
 )
-from foveate.tasks.inputs import find_inputs
+from foveate.tasks.inputs import find_inputs, with_modalities
 from foveate.tasks.items import Item
 from foveate.tasks.outputs import (
     HEATMAP,
@@ -123,9 +123,10 @@ def predict(
     items = find_inputs([inputs] if isinstance(inputs, str | Path) else inputs)
     asked = {PROBABILITY: probability, OVERLAY: overlay, HEATMAP: heatmap}
     extras = tuple(ending for ending, wanted in asked.items() if wanted)
-    check_targets([item.image for item in items], Path(out), formats, extras, replace=overwrite or resume)
     folder = find_model(model)
     network, config = load_model(folder)
+    items = with_modalities(items, config.data.modalities)
+    check_targets([item.file for item in items], Path(out), formats, extras, replace=overwrite or resume)
     given = {"max_pixels": max_pixels, "broken": broken}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     data = replace(config.data, masks=None, cache=0, **changes)
@@ -168,18 +169,24 @@ class _Job:
 
     def run(self, item: Item) -> list[Path]:
         """Write all outputs of one input, or none; return them."""
-        name, file = name_of(item.image), item.image
+        name, file = name_of(item.file), item.image
         unfinished = part_folder(self.out, name).exists()
-        if self.resume and not unfinished and is_finished(file, self.out, self.formats, self.extras):
+        if self.resume and not unfinished and is_finished(item.file, self.out, self.formats, self.extras):
             return []
         native = open_native(item, self.config.data)
         kind = kind_of(native)
         self._check(item, native)
         endings = fitting(self.formats, kind, str(file))
-        goals = targets(file, self.out, endings, self.extras)
+        goals = targets(item.file, self.out, endings, self.extras)
         refuse_own(file, goals.values())
         refuse_kinds(goals.values())
-        settings = asdict(self.config) | {"model": self.model_key, "mpp": item.mpp, "spacing": item.spacing}
+        more = [(path, path.stat().st_mtime_ns) for path in item.more]
+        settings = asdict(self.config) | {
+            "model": self.model_key,
+            "mpp": item.mpp,
+            "spacing": item.spacing,
+            "more": more,
+        }
         part = Part.open(self.out, name, file, settings, resume=self.resume)
         if self.resume and not part.resumed:
             goals = missing(goals, endings)
@@ -216,13 +223,15 @@ class _Job:
             kept = self._values(item, native)
             if is_large(native):
                 part.keep(*kept)
-        values, leaves, holes, left = kept
+        logits, leaves, holes, left = kept
         skips = self.config.data.broken == "skip"
         if holes:
             done = "left unknown" if skips else "filled with background"
             self.warn(f"foveate: {item.image}: {len(holes)} broken tiles were {done}, first {holes[:3]}")
-        painting = Painting(values, leaves, native.shape, native.spacing, holes if skips else (), left)
-        write_outputs(painting, part, goals, native, self.config.data.class_names, pyramids=kind == SLIDE)
+        painting = Painting(logits, leaves, native.shape, native.spacing, holes if skips else (), left)
+        data, as_file = self.config.data, self.config.predict.values == "file"
+        values = data.file_values if as_file else None
+        write_outputs(painting, part, goals, native, data.class_names, pyramids=kind == SLIDE, values=values)
 
     def _values(self, item: Item, native: Raster) -> tuple[Tensor, Leaves, list[Box], Tensor | None]:
         """What the model says of every leaf, what could not be decoded, and where each token left the model."""

@@ -132,17 +132,25 @@ class Gallery:
 
     Args:
         class_names: all classes, background first.
+        groups: as in `PixelMetrics`.
         keep: how many of each to keep.
         side: longest side of one picture in a panel, in pixels.
     """
 
-    def __init__(self, class_names: Sequence[str], *, keep: int = 2, side: int = 400) -> None:
-        self.class_names, self.keep, self.side = tuple(class_names), keep, side
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        *,
+        groups: Mapping[str, Sequence[int]] | None = None,
+        keep: int = 2,
+        side: int = 400,
+    ) -> None:
+        self.class_names, self.groups, self.keep, self.side = tuple(class_names), groups, keep, side
         self.cases: list[Case] = []
 
     def __call__(self, name: str, image: Any, labels: Any, result: "Segmented") -> None:
         """Take one image, its true labels, and what the model made of it."""
-        metrics = PixelMetrics(self.class_names, distances=False)
+        metrics = PixelMetrics(self.class_names, groups=self.groups, distances=False)
         dice = mean_known(metrics.update(name, result.labels, labels)["dice"])
         rank = sum(_rank(case.dice) < _rank(dice) for case in self.cases)
         if self.keep <= rank < len(self.cases) + 1 - self.keep:

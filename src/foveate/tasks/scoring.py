@@ -18,7 +18,7 @@ from foveate.geometry.source import Box
 from foveate.nn.pruner import Pruning
 from foveate.tasks.data import SegmentationData
 from foveate.tasks.infer import Segmented, logits_of, paint, segment, working_frame
-from foveate.tasks.metrics import PixelMetrics, count_labels, tiles
+from foveate.tasks.metrics import PixelMetrics, tiles
 from foveate.tasks.painting import Painting
 from foveate.tasks.pruning import prunes, selection_recall, token_worth
 from foveate.tasks.resize import shrink_labels
@@ -99,18 +99,18 @@ def _score_slide(model: nn.Module, data: SegmentationData, index: int, slide: Sl
     pictures = [Painting(values, leaves, slide.shape) for values in (logits, sample.soft)]
     seconds = time.perf_counter() - start
     assert slide.labels is not None
-    num_classes = data.config.data.num_classes
-    counts = np.zeros((len(pictures), num_classes, 3), dtype=np.int64)
+    reach = PixelMetrics(data.config.data.class_names, groups=data.config.data.groups, distances=False)
+    counts = np.zeros((len(pictures), len(metrics.class_names), 3), dtype=np.int64)
     for box in tiles(slide.shape):
         truth = slide.labels.read(box)[0]
         start = time.perf_counter()
         tile = pictures[0].tile(box)
         seconds += time.perf_counter() - start
-        counts[0] += count_labels(tile, truth, num_classes)
-        counts[1] += count_labels(pictures[1].tile(box), truth, num_classes)
-    reach = PixelMetrics(metrics.class_names, distances=False).update_counts(sample.name, counts[1])
+        counts[0] += metrics.count(tile, truth)
+        counts[1] += reach.count(pictures[1].tile(box), truth)
     recall = None if pruning is None else _recall(pruning, sample.soft, sample.weight)
-    return Scored(metrics.update_counts(sample.name, counts[0]), reach, len(leaves), seconds, recall, None)
+    found, bound = metrics.update_counts(sample.name, counts[0]), reach.update_counts(sample.name, counts[1])
+    return Scored(found, bound, len(leaves), seconds, recall, None)
 
 
 def ceiling_row(name: str, labels: Tensor, leaves: Leaves, config: FitConfig, patch_size: int) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def ceiling_row(name: str, labels: Tensor, leaves: Leaves, config: FitConfig, pa
         patch_size: Samples per side of a token.
     """
     soft, _ = leaf_labels(labels, leaves, config, patch_size)
-    metrics = PixelMetrics(config.data.class_names, distances=False)
+    metrics = PixelMetrics(config.data.class_names, groups=config.data.groups, distances=False)
     return metrics.update(name, paint(soft, leaves, tuple(labels.shape)), labels)
 
 
@@ -140,7 +140,7 @@ def _window_ceiling(name: str, image: Tensor, labels: Tensor, config: FitConfig,
         return unpatchify(soft, patches.leaves[0], mode="smooth")
 
     values, leaves = slide_windows(small, config, patch_size, num_classes, shares)
-    metrics = PixelMetrics(config.data.class_names, distances=False)
+    metrics = PixelMetrics(config.data.class_names, groups=config.data.groups, distances=False)
     return metrics.update(name, paint(values, leaves, tuple(labels.shape)), labels)
 
 

@@ -93,6 +93,7 @@ class SegmentationTask:
             lengths=batch.patches.lengths,
             class_weights=train.class_weights,
             dice_weight=train.dice_weight,
+            groups=tuple(self.config.data.groups.values()) if self.config.data.regions else None,
         )
         sums = {"ce": parts.ce_sum, "dice_loss": parts.dice_weight * parts.dice_sum}
         if pruning is not None:
@@ -118,7 +119,8 @@ class SegmentationTask:
         """Mean Dice and IoU in pixels at full resolution, and the ceiling that the trees leave."""
         if self.val is None:
             return {}
-        metrics = PixelMetrics(self.config.data.class_names, self.config.data.spacing, distances=False)
+        data = self.config.data
+        metrics = PixelMetrics(data.class_names, data.spacing, groups=data.groups, distances=False)
         tokens, recalls = [], list[dict[str, float]]()
         for index in range(len(self.val)):
             ceiling = index not in self._ceilings  # the trees of unvaried images stay the same

@@ -182,6 +182,27 @@ class DataConfig:
         return {name: (number,) for name, number in label.items() if number > 0}
 
     @property
+    def file_values(self) -> tuple[int, ...]:
+        """The value that a mask file has for every class, background first; of a list of values the first.
+
+        Raises:
+            ConfigError: a class is named by a comparison or a colour.
+        """
+        values = [0]
+        for name in self.class_names[1:]:
+            rule = self.classes[name]
+            value = rule[0] if isinstance(rule, list) and rule else rule
+            if isinstance(value, str) and value.isdigit():
+                value = int(value)
+            if not isinstance(value, int) or not 0 <= value <= 65535:
+                raise ConfigError(
+                    f"predict.values='file' needs classes that are numbers, but data.classes.{name}={rule!r}: set it "
+                    "to 'index'"
+                )
+            values.append(value)
+        return tuple(values)
+
+    @property
     def share_whole(self) -> float:
         """``whole`` as a number from 0 to 1."""
         if self.whole is not None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from foveate.errors import ConfigError, FormatError
 from foveate.geometry.patches import Patches
 from foveate.geometry.source import Box, Source
+from foveate.io.channels import open_channels
 from foveate.io.raster import ArrayRaster, Raster, fits_whole, is_held, open_raster
 from foveate.io.volume import Volume, is_volume, open_volume
 from foveate.tasks.items import Item
@@ -49,6 +50,9 @@ def open_native(item: Item, data: DataConfig) -> Raster:
     Raises:
         FormatError: the file is unreadable.
     """
+    if item.more:
+        spacing = item.spacing or (data.spacing if is_volume(item.image) else None)
+        return open_channels([item.image, *item.more], spacing=spacing, max_pixels=data.max_pixels, canonical=True)
     if is_volume(item.image):
         spacing = item.spacing or data.spacing
         return open_volume(item.image, spacing=spacing, max_pixels=data.max_pixels, canonical=True)

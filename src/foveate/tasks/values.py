@@ -68,9 +68,11 @@ def normalise(image: Shaped[NumpyArray, "C *S"], scale: tuple[float, ...], data:
 
     ``image``: median at 0 and the robust range of length 1, limited to -5..5 so that one hot pixel cannot rule; a
     constant image is all 0. ``range``: 0..1. ``fixed``: ``range``, then the declared mean and deviation. ``limits``:
-    -1..1. ``zscore``: every channel by its own mean and deviation, and 0 where the file has 0.
+    -1..1. ``zscore``: every channel by its own mean and deviation, and 0 where the file has 0. No scale: as they are.
     """
     values = torch.from_numpy(image.astype(np.float32))
+    if not scale:
+        return values
     if data.normalise == "zscore":
         mean, deviation = torch.tensor(scale).view(2, -1, *(1,) * (values.ndim - 1))
         return torch.where(values == 0, values, (values - mean) / deviation)
