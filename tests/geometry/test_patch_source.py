@@ -16,6 +16,7 @@ from foveate.geometry.patch_source import (
     LeavesPatches,
     PatchSource,
     TensorPatches,
+    block_order,
     check_boxes,
     check_index,
     constant_of,
@@ -223,3 +224,18 @@ def test_only_a_source_that_knows_says_what_is_constant() -> None:
     bag = TensorPatches(torch.zeros(3, 2))
     with pytest.raises(ShapeError, match="constant of 2 for 3 patches; give each one truth value"):
         TensorPatches.__init__.__wrapped__(bag, torch.zeros(3, 2), constant=torch.ones(2, dtype=torch.bool))
+
+
+def test_an_order_of_blocks_decodes_each_tile_seldom() -> None:
+    raster = TiledRaster(picture((160, 160), 1), tile=20)
+    grid = GridPatches(raster, 10)
+    order = block_order(grid.boxes, 16)
+    assert torch.equal(order.sort().values, torch.arange(256))
+    for part in order.split(16):
+        grid.read(part)
+    assert set(raster.reads.values()) == {1}  # 4 x 4 patches are 2 x 2 tiles
+    assert block_order(grid.boxes[:0], 16).tolist() == []
+    row_by_row = TiledRaster(picture((160, 160), 1), tile=20)
+    for part in torch.arange(256).split(16):
+        GridPatches(row_by_row, 10).read(part)
+    assert sum(row_by_row.reads.values()) == 2 * len(raster.reads)

@@ -16,6 +16,7 @@ VERBS = {
     "plan": "tokens, FLOPs and bytes of each stage, before anything runs",
     "fit": "train a segmenter from a YAML file",
     "predict": "write masks for images",
+    "embed": "write the features of every patch, one file per slide",
     "evaluate": "score a run at full resolution",
     "bench": "run a benchmark of the source checkout",
     "demo": "train on synthetic images and draw the result, in minutes",

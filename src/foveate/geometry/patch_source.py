@@ -74,6 +74,24 @@ def check_index(index: Tensor, num_patches: int) -> Tensor:
     return index.cpu()
 
 
+def block_order(boxes: Int64[Tensor, "N 2 D"], chunk: int) -> Int64[Tensor, " N"]:
+    """An order in which chunks are compact blocks of neighbours, so that storage tiles are decoded least often.
+
+    Args:
+        boxes: of patches of about one size, in level-0 pixels.
+        chunk: patches read at a time.
+    """
+    if not len(boxes):
+        return torch.arange(0)
+    centre = boxes.double().mean(1)
+    extent = (boxes[:, 1] - boxes[:, 0]).max(0).values
+    block = (centre // (extent * max(1, round(chunk ** (1 / boxes.shape[2]))))).long()
+    order = torch.arange(len(boxes))
+    for key in (*centre.unbind(1)[::-1], *block.unbind(1)[::-1]):  # the last one counts most
+        order = order[key[order].sort(stable=True).indices]
+    return order
+
+
 class TensorPatches:
     """Patches or features that are held.
 

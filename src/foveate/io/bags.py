@@ -94,7 +94,7 @@ def _checked(
             raise bad_file(
                 path,
                 f"{count} features are NaN or infinite as {kind.name}, first of patch {row}; check the encoder and its "
-                "input" + (", or store float32 (half=False)" if bool(part.isfinite().all()) else ""),
+                "input" + ("" if np.isnan(values).any() else ", or store float32 (half=False)"),
             )
         done += len(values)
         if done > size[0]:
