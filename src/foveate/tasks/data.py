@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from foveate.errors import ConfigError, FormatError
 from foveate.geometry.patches import Patches, pack, patchify, patchify_mask
-from foveate.tasks.augment import augment, random_window, trim, trim
+from foveate.tasks.augment import augment, random_window, trim
 from foveate.tasks.cut import cut, share_of
 from foveate.tasks.items import Item
 from foveate.tasks.labels import IGNORE, whole_labels
@@ -188,7 +188,6 @@ class SegmentationData(Dataset[Sample]):
         if self.train:
             sides = config.data.spacing or (1.0, 1.0)
             square = abs(sides[-1] / sides[-2] - 1) < _SQUARE
-            image, labels = trim(image, labels, self.config.train.trim, generator)
             image, labels = trim(image, labels, self.config.train.trim, generator)
             image, labels = augment(image, labels, self.config.train.strength, generator, quarters=square)
         return make_sample(image, labels, config, self.patch_size, self.items[item].name)

@@ -111,7 +111,12 @@ class TrainConfig:
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.05
-    """Decay of AdamW on matrices; biases, norms and embeddings of position are not decayed."""
+    """Decay of AdamW on matrices; biases, norms, tokens, codes and embeddings of position are not decayed."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's two running means."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each block of the encoder to the one before it, for pretrained encoders; what is
+    not in a block (decoder, scorers, assembler) has the full rate."""
     warmup: float = 0.05
     """Share of the run, from 0 to 1, in which the learning rate rises from 0."""
     schedule: str = "cosine"
@@ -144,6 +149,8 @@ class TrainConfig:
     ``augment`` it leaves left where it is."""
     eval_every: int = 1
     """Epochs between validations."""
+    eval_first: bool = False
+    """Also validate before the first step, so that fine-tuning shows what it starts from."""
     patience: int | None = None
     """Validations without a better score after which training ends; ``null``: never."""
     num_workers: int = 0
@@ -175,6 +182,14 @@ class TrainConfig:
         for name in ("weight_decay", "dice_weight", "score_weight", "prune_noise", "trim", "num_workers", "seed"):
             number = getattr(self, name)
             require(0 <= number < math.inf, f"train.{name}={number} is negative or not finite: give 0 or more")
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"train.betas={list(self.betas)} are outside 0 up to below 1: give two, such as [0.9, 0.95]",
+        )
+        require(
+            0 < self.layer_decay <= 1,
+            f"train.layer_decay={self.layer_decay} is outside 0 to 1: give a factor such as 0.75",
+        )
         require(0 < self.lr < math.inf, f"train.lr={self.lr} is not above 0: give a rate such as 3e-4")
         require(0 <= self.warmup < 1, f"train.warmup={self.warmup} is a share of the run: give 0 up to below 1")
         require(self.clip is None or self.clip > 0, f"train.clip={self.clip} is not above 0: give a norm or null")
@@ -204,12 +219,16 @@ class PredictConfig:
     blended; ``null``: the whole image at once, so that leaves and attention span it. For images that are held."""
     overlap: float = 0.5
     """Share of its side that a window has in common with the next."""
+    values: str = "index"
+    """What masks in NIfTI hold: ``index``, the number of the class as it is written in ``data.classes``; ``file``, the
+    value that ``data.classes`` gives it (of a list the first)."""
 
     def __post_init__(self) -> None:
         require(
             self.window is None or self.window >= 1,
             f"predict.window={self.window} is below 1: give a side in pixels or null",
         )
+        among("predict.values", self.values, ("index", "file"))
         require(0 <= self.overlap < 1, f"predict.overlap={self.overlap} is outside 0 up to below 1: give a share")
 
 
@@ -238,3 +257,5 @@ class FitConfig:
             f"({', '.join(self.data.class_names)}): give one each, background first",
         )
         require(bool(self.out), "out is empty: give a folder for the run")
+        if self.predict.values == "file":
+            _ = self.data.file_values
