@@ -15,6 +15,7 @@ from foveate.geometry.patch_source import TensorPatches
 from foveate.models.recognition import Chosen, RecognitionConfig, RecognitionModel, build_recognition
 from foveate.nn.heads import TaskSpec, total_loss
 from foveate.nn.patch_encoder import freeze
+from foveate.nn.warm_start import WarmStart
 
 TASKS = (TaskSpec("majority", "classes", 10), TaskSpec("multi", "labels", 10), TaskSpec("grade", "ordinal", 4))
 
@@ -118,6 +119,17 @@ def test_all_patches_and_batch_statistics_do_not_go_together() -> None:
     with pytest.raises(ConfigError, match="attend='all' with an encoder that norms by batch statistics"):
         model(sources)
     assert model.eval()(sources)["multi"].shape == (1, 10)
+
+
+def test_a_warm_start_selects_what_a_look_at_all_selects_while_nothing_moves() -> None:
+    model, warm = model_of().eval(), WarmStart()
+    names = [str(place) for place in range(len(BAGS))]
+    for _ in range(3):
+        chosen = model.choose(BAGS, warm=warm, names=names)
+        laws.same(chosen.patches, model.choose(BAGS).patches, "warm")
+    for changes, given in (({}, names[:2]), ({"attend": "all"}, names)):
+        with pytest.raises(ConfigError, match=f"a warm start of 5 bags with {len(given)} names and attend="):
+            model_of(**changes).choose(BAGS, warm=warm, names=given)
 
 
 @pytest.mark.parametrize("encoder", ["cnn", "features"])

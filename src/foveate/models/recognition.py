@@ -22,6 +22,7 @@ from foveate.nn.query_attention import QueryAttention
 from foveate.nn.selection import Selection, check_keep, relative_centres
 from foveate.nn.selector import PatchSelector
 from foveate.nn.stream import as_float, block_rows, in_blocks
+from foveate.nn.warm_start import WarmStart
 
 _PRECISIONS = {"fp32": None, "folded": torch.float32, "bf16": torch.bfloat16}
 
@@ -151,7 +152,13 @@ class RecognitionModel(nn.Module):
         return self.selector().select(source, self.config.chunk, generator, keep=keep)
 
     def choose(
-        self, bags: Sequence[PatchSource], keep: int | None = None, generator: torch.Generator | None = None
+        self,
+        bags: Sequence[PatchSource],
+        keep: int | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        warm: WarmStart | None = None,
+        names: Sequence[str] = (),
     ) -> Chosen:
         """Select the patches of several bags, one bag after the other, and read them.
 
@@ -161,9 +168,11 @@ class RecognitionModel(nn.Module):
             bags: each of any size; an empty bag has no patches, and its prediction is what the queries say alone.
             keep: instead of the configured one, such as ``KeepSchedule.at`` gives.
             generator: where the order comes from, where a model in training shuffles.
+            warm: what is remembered of earlier epochs.
+            names: of the bags, for ``warm``.
 
         Raises:
-            ConfigError: ``attend="all"`` while the encoder uses statistics of the batch.
+            ConfigError: ``attend="all"`` while the encoder uses statistics of the batch, or with a warm start.
 
         Cost: memory of the kept patches and of one selection at a time.
         """
@@ -173,10 +182,18 @@ class RecognitionModel(nn.Module):
                 "attend='all' with an encoder that norms by batch statistics: the patches looked at and the patches "
                 "trained on would not be the same; use norm='group', freeze the encoder, or attend='kept'"
             )
-        selector = self.selector()
+        if warm is not None and (tally or len(names) != len(bags)):
+            raise ConfigError(
+                f"a warm start of {len(bags)} bags with {len(names)} names and attend={self.config.attend!r}: name "
+                "each bag, and use attend='kept', because patches that are not looked at cannot be attended"
+            )
+        selector, chunk = self.selector(), self.config.chunk
         selections, patches, centres = [], [], []
-        for bag in bags:
-            one = selector.select(bag, self.config.chunk, generator, keep=keep, shortcut=True, tally=tally)
+        for place, bag in enumerate(bags):
+            if warm is None:
+                one = selector.select(bag, chunk, generator, keep=keep, shortcut=True, tally=tally)
+            else:
+                one = warm.select(selector, names[place], bag, chunk, keep=keep)
             selections.append(one)
             if len(one.index):
                 patches.append(bag.read(one.index))

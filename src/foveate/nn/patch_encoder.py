@@ -195,7 +195,7 @@ class FeatureProjector(nn.Module):
             nn.LayerNorm(in_chans, elementwise_affine=False), nn.Linear(in_chans, width), last, nn.ReLU()
         )
 
-    def forward(self, x: Float[Tensor, "R F"]) -> Float[Tensor, "R D"]:
+    def forward(self, x: Float[Tensor, "R *rest"]) -> Float[Tensor, "R D"]:
         """Project every vector.
 
         Raises:

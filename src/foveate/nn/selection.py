@@ -25,6 +25,28 @@ class Scorer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a bag a selection has looked at.
+
+    Args:
+        looked: share of the patches that were encoded with the present weights; 1: the selection is exact.
+        missed: with 95 % certainty, at most so many of the kept patches would be others after a look at all; 0 where
+            the selection is exact.
+        overlap: where a full pass was made in the end, the share of its choice that a look at the remembered
+            contenders and the sample would have seen; else None.
+    """
+
+    looked: float
+    missed: float
+    overlap: float | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every patch was looked at."""
+        return self.looked == 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class Selection:
     """The patches of a bag that stay.
@@ -35,6 +57,7 @@ class Selection:
         num_patches: N.
         logits: attention of every patch before the softmax; None where not all patches have been looked at.
         whole: attention over the entire bag, where asked for; see ``QueryAttention.pool``.
+        coverage: of a warm start, how far the selection can be trusted.
     """
 
     index: Int64[Tensor, " K"]
@@ -42,6 +65,7 @@ class Selection:
     num_patches: int
     logits: Float[Tensor, "N A"] | None = None
     whole: Tally | None = None
+    coverage: Coverage | None = None
 
     def attention(self) -> Float[Tensor, " N"]:
         """Share of the attention that each patch of the bag gets, mean over queries and heads: the heatmap.
