@@ -253,7 +253,7 @@ import foveate as fv
 from foveate.nn.pruner import Pruning
 from hosts import host
 from torchvision_stand_in import import_timm
-for name in ("torch", "eva", "unetr2d"):
+for name in ("torch", "eva"):
     torch._dynamo.reset()
     model, images = host(name, import_timm())
     model = fv.sparsify(model, (0, 2), 0.5)
