@@ -1,5 +1,6 @@
-"""``foveate evaluate RUN``: score a run at full resolution."""
+"""``foveate evaluate RUN``: score a run, masks at full resolution, labels with intervals."""
 
+import argparse
 from pathlib import Path
 
 from foveate.cli.parser import VerbParser, say
@@ -14,6 +15,19 @@ def run(words: list[str]) -> int:
     parser.add_argument("--data-root", metavar="DIR", help="where the data is, when it has moved since training")
     args = parser.parse(words)
 
+    from foveate.tasks.fit import task_of_run
+
+    failed, scored = (_labels if task_of_run(args.run) == "recognition" else _masks)(args)
+    if failed:
+        raise FormatError(
+            f"{len(failed)} of {len(failed) + scored} images have no score (first: {failed[0]}); "
+            "mend or leave out these files"
+        )
+    return 0
+
+
+def _masks(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
+    """Score a segmentation run; return what failed, and how many images were scored."""
     from foveate.tasks.evaluate import evaluate
     from foveate.tasks.predict import load_model
     from foveate.tasks.report import Gallery, run_report
@@ -25,9 +39,14 @@ def run(words: list[str]) -> int:
     run_report(evaluation, gallery).save(page)
     say(str(evaluation))
     say(f"report: {page}")
-    if lost := evaluation.failed:
-        raise FormatError(
-            f"{len(lost)} of {len(lost) + len(evaluation.rows)} images have no score (first: {lost[0]}); "
-            "mend or leave out these files"
-        )
-    return 0
+    return evaluation.failed, len(evaluation.rows)
+
+
+def _labels(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
+    """The same for a recognition run."""
+    from foveate.tasks.recognition_evaluate import evaluate_labels
+
+    evaluation = evaluate_labels(args.run, split=args.split, data_root=args.data_root)
+    say(str(evaluation))
+    say(f"report: {args.run / 'evaluation' / f'{args.split}.html'}")
+    return evaluation.failed, len(evaluation.rows)

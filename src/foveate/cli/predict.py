@@ -1,12 +1,15 @@
-"""``foveate predict RUN_OR_MODEL INPUT... --out DIR``: write masks of images, slides and volumes."""
+"""``foveate predict RUN_OR_MODEL INPUT... --out DIR``: masks, or labels with heatmaps, of images and slides."""
 
+import argparse
 from pathlib import Path
 
 from foveate.cli.parser import VerbParser, count, number, say
+from foveate.errors import ConfigError
 
 _FORMATS = (
     "formats of the mask, with commas: png, tif (of a slide a plain pyramid), ome.tif, geojson, geojson.gz, nii.gz, "
-    "zarr (default: png; slides ome.tif,geojson.gz; NIfTI and DICOM nii.gz; planes tif; zarr volumes zarr)"
+    "zarr (default: png; slides ome.tif,geojson.gz; NIfTI and DICOM nii.gz; planes tif; zarr volumes zarr); of a "
+    "recognition run: png, ome.tif, tif, geojson, geojson.gz, npz, csv (default: png,geojson,npz)"
 )
 
 
@@ -44,9 +47,18 @@ def run(words: list[str]) -> int:
     parser.add_argument("--max-pixels", metavar="N", type=count, help="refuse larger images where they are read whole")
     args = parser.parse(words)
 
+    from foveate.tasks.fit import task_of_run
+
+    for path in (_labels if task_of_run(args.model) == "recognition" else _masks)(args):
+        say(str(path))
+    return 0
+
+
+def _masks(args: argparse.Namespace) -> list[Path]:
+    """Write the masks that were asked for."""
     from foveate.tasks.predict import predict
 
-    written = predict(
+    return predict(
         args.model,
         args.inputs,
         args.out,
@@ -62,6 +74,17 @@ def run(words: list[str]) -> int:
         resume=args.resume,
         max_pixels=args.max_pixels,
     )
-    for path in written:
-        say(str(path))
-    return 0
+
+
+def _labels(args: argparse.Namespace) -> list[Path]:
+    """Write labels, heatmaps and scores."""
+    from foveate.tasks.recognition_predict import predict_labels
+
+    for name in ("max_leaves", "overlay", "probability"):
+        if getattr(args, name):
+            raise ConfigError(f"--{name.replace('_', '-')} is about masks, and {args.model} gives labels; leave it out")
+    formats = f"{args.format},png" if args.format and args.heatmap else args.format
+    names = ("mpp", "broken", "overwrite", "resume", "max_pixels")
+    return predict_labels(
+        args.model, args.inputs, args.out, format=formats, **{name: getattr(args, name) for name in names}
+    )

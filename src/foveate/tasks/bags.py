@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from foveate.errors import FormatError
 from foveate.geometry.patch_source import GridPatches, PatchSource, TensorPatches, constant_of
 from foveate.geometry.source import Source
+from foveate.io.bags import FeatureBag
 from foveate.io.guard import bad_file
 from foveate.io.raster import Raster
 from foveate.tasks.items import Item
@@ -51,13 +52,7 @@ def open_bag(item: Item, data: TableConfig, *, width: int | None = None, native:
 
 
 def _feature_bag(item: Item, width: int | None) -> PatchSource:
-    from foveate.io.bags import FeatureBag
-
-    bag = FeatureBag(item.image)
-    have = bag.read(torch.zeros(min(1, len(bag)), dtype=torch.int64)).shape[1]
-    if width is not None and have != width:
-        raise bad_file(item.image, f"holds features of width {have}, the model takes {width}; embed it the same way")
-    return CheckedFeatures(bag, item)
+    return CheckedFeatures(FeatureBag(item.image, width), item)
 
 
 def _grid(item: Item, data: TableConfig, native: Raster | None) -> PatchSource:

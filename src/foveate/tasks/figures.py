@@ -255,12 +255,15 @@ def panel(rows: Sequence[Sequence[Picture]], titles: Sequence[str], *, side: int
     return np.asarray(canvas)
 
 
-def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, width: int = 1600) -> Picture:
-    """Plot loss and validation Dice over training minutes (steps where no time was recorded), one colour per run.
+def training_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], *, width: int = 1600, score: str = "dice"
+) -> Picture:
+    """Plot loss and validation score over training minutes (steps where no time was recorded), one colour per run.
 
     Args:
         runs: name of each run and its records, such as the lines of ``metrics.jsonl``.
         width: of the picture in pixels.
+        score: name of the score in the records.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -270,13 +273,14 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, width: i
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
     timed = all("seconds" in record for records in runs.values() for record in records)
-    for axis, kind in zip(axes, ("loss", "dice"), strict=True):
+    for axis, kind in zip(axes, ("loss", score), strict=True):
         for index, (name, records) in enumerate(runs.items()):
             colour = [value / 255 for value in (BLUE, VERMILLION, GREEN, PURPLE, ORANGE)[index % 5]]
             x, y = _series(records, kind, timed)
             axis.plot(x, y, color=colour, linewidth=1.8, marker="o" if len(x) < 12 else None, markersize=4, label=name)
         axis.set_xlabel("training minutes" if timed else "step")
-        axis.set_title("training loss" if kind == "loss" else "validation Dice", loc="left", fontsize=11)
+        title = "training loss" if kind == "loss" else f"validation {score.replace('dice', 'Dice')}"
+        axis.set_title(title, loc="left", fontsize=11)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="0.9", linewidth=0.8)
         axis.set_axisbelow(True)
@@ -290,7 +294,7 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, width: i
 
 def _series(records: Sequence[Mapping[str, Any]], kind: str, timed: bool) -> tuple[list[float], list[float]]:
     """The finite values of one kind over time, thinned to at most a few hundred means."""
-    names = ("loss", "train_loss") if kind == "loss" else ("dice", "val_dice")
+    names = ("loss", "train_loss") if kind == "loss" else (kind, f"val_{kind}")
     pairs: list[tuple[float, float]] = []
     for place, record in enumerate(records):
         value = next((record[name] for name in names if isinstance(record.get(name), int | float)), None)

@@ -1,10 +1,12 @@
-"""A task, its settings and its folder through the loop."""
+"""A task, its settings and its folder through the loop; and which task a finished run was about."""
 
 from pathlib import Path
 
 from foveate.tasks.checkpoint import find_checkpoint
+from foveate.tasks.config import SEGMENTATION, read_settings, task_of
+from foveate.tasks.infer import SETTINGS
 from foveate.tasks.loop import Loop, LoopResult, Task, on_cpu
-from foveate.tasks.run import CHECKPOINTS, RunConfig, open_run
+from foveate.tasks.run import CHECKPOINTS, RunConfig, find_model, open_run
 
 
 def run_task(
@@ -32,3 +34,16 @@ def run_task(
         folder = open_run(config, resume=resume, overwrite=overwrite, active=state.is_main_process)
     there = find_checkpoint(folder / CHECKPOINTS / "last") is not None if resume else False
     return folder, Loop(task, config.train, folder, resume=there).run()
+
+
+def task_of_run(path: str | Path) -> str:
+    """What a trained model is about, ``segmentation`` or ``recognition``.
+
+    Args:
+        path: run folder, or a checkpoint's folder.
+
+    Raises:
+        FormatError: there is no complete model.
+    """
+    settings = find_model(path) / SETTINGS
+    return task_of(read_settings(settings)) if settings.is_file() else SEGMENTATION

@@ -25,8 +25,9 @@ from foveate.tasks.bags import Bags, open_bag
 from foveate.tasks.class_metrics import main_score, score_task
 from foveate.tasks.config import save_config
 from foveate.tasks.fit import run_task
+from foveate.tasks.infer import SETTINGS
+from foveate.tasks.items import Item
 from foveate.tasks.loop import LoopResult
-from foveate.tasks.predict import SETTINGS
 from foveate.tasks.recognition_settings import RecognitionConfig
 from foveate.tasks.splits import split_rows
 from foveate.tasks.table import Row, read_table
@@ -130,7 +131,7 @@ class RecognitionTask:
 
     def _skip(self, kind: str, row: Row, error: BaseException) -> None:
         if row.item.name not in self.skipped:
-            self.skipped[row.item.name] = skipped_line(row, error)
+            self.skipped[row.item.name] = skipped_line(row.item, error)
             self.warn(f"foveate: skipped {self.skipped[row.item.name]}")
         lost = [row.item.name in self.skipped for row in self.rows[kind]]
         if all(lost):
@@ -179,7 +180,7 @@ class RecognitionTask:
             losses.append(sum(float(self._losses(spec, logits[name], batch)) for name, spec in self.specs.items()))
             said.append({name: spec.predict(logits[name]) for name, spec in self.specs.items()})
             index.append(item)
-        values = {"loss": sum(losses) / len(losses)}
+        values = {"val_loss": sum(losses) / len(losses)}
         scores = {}
         for name, spec in self.specs.items():
             truth = self.targets["val"][name][index].numpy()
@@ -212,10 +213,10 @@ def join(parts: Sequence[Chosen]) -> Chosen | None:
     )
 
 
-def skipped_line(row: Row, error: BaseException) -> str:
+def skipped_line(item: Item, error: BaseException) -> str:
     """Which image could not be used and why, in one line."""
     line = " ".join(str(error).split()) or type(error).__name__
-    return line if str(row.item.image) in line else f"{row.item.image}: {line}"
+    return line if str(item.image) in line else f"{item.image}: {line}"
 
 
 def to_stderr(line: str) -> None:
@@ -304,9 +305,9 @@ def _stored_width(train: Sequence[Row], config: RecognitionConfig) -> int:
     first = ""
     for row in train:
         try:
-            return int(open_bag(row.item, config.data).read(torch.zeros(1, dtype=torch.int64)).shape[1])
+            return int(open_bag(row.item, config.data).read(torch.tensor([0])).shape[1])
         except UNREADABLE as error:
-            first = first or skipped_line(row, error)
+            first = first or skipped_line(row.item, error)
     raise FormatError(f"none of the {len(train)} training bags can be read (first: {first}); mend data.features")
 
 

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import ConfigError, FormatError
+from foveate.io.bags import SUFFIX
 from foveate.tasks.files import group_split_sizes, inside, read_rows, stem_of
 from foveate.tasks.items import Item, group_of
 from foveate.tasks.recognition_settings import TableConfig
-
-BAG = ".safetensors"
-"""Ending of a bag of features."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def _row(root: Path, path: Path, number: int, given: Mapping[str, Any], data: Ta
     image = inside(root, text, where) if text else root
     name = name or image.relative_to(root).with_name(stem_of(image)).as_posix()
     if data.features is not None:
-        image = inside(root, f"{data.features}/{name}{BAG}", where)
+        image = inside(root, f"{data.features}/{name}{SUFFIX}", where)
     group = known["group"] or group_of(name, data.split)
     item = Item(name, image, None, str(group), known["split"], known["mpp"], known["spacing"])
     labels = {}
