@@ -148,7 +148,7 @@ class EncoderConfig:
     rope: bool = False
     """Turn queries and keys by the leaves' centres as well."""
     drop_path: float = 0.0
-    """Share of the images for which the last block is left out in training, falling evenly to the first one's."""
+    """Share of the images for which the last block is left out in training, falling evenly to 0 for the first."""
     checkpoint: bool = False
     """Keep only the inputs of the blocks for the backward pass and compute the rest again."""
     prune_after: tuple[int, ...] = ()
@@ -225,8 +225,14 @@ class Encoder(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, entries, width))
         self.geometry_embed = GeometryEmbed(config.num_dims, width) if config.geometry_code else None
         self.blocks = nn.ModuleList(
-            Block(width, config.num_heads, config.mlp_ratio, config.layer_scale, config.drop_path * i / config.depth)
-            for i in range(1, config.depth + 1)
+            Block(
+                width,
+                config.num_heads,
+                config.mlp_ratio,
+                config.layer_scale,
+                config.drop_path * i / max(config.depth - 1, 1),
+            )
+            for i in range(config.depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pruners = nn.ModuleDict()  # by the block they prune behind; put there by `add_pruner`
@@ -326,7 +332,8 @@ class Encoder(nn.Module):
         parts: list[Part],
     ) -> tuple[Tensor, Trail]:
         """Send tokens away behind a block; returns what goes on."""
-        stage, ratio = len(parts), pruning.keep_ratio or self.config.keep_ratio
+        stage = len(parts)
+        ratio = self.config.keep_ratio if pruning.keep_ratio is None else pruning.keep_ratio
         counts = _SCHEDULES[self.config.keep_schedule]
         keep = [counts(length, ratio, len(self.pruners))[stage] for length in lengths]
         x_KD, prefix = trail.take_apart(x_AD)

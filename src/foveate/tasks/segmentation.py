@@ -25,6 +25,7 @@ from foveate.tasks.score_targets import NAME as TEACHER
 from foveate.tasks.score_targets import Teacher, apart, load_teacher, loss_worth, save_teacher
 from foveate.tasks.scoring import score_item
 from foveate.tasks.slides import check_large_files
+from foveate.tasks.start import make_model
 
 
 class SegmentationTask:
@@ -183,8 +184,6 @@ def build_task(config: FitConfig) -> SegmentationTask:
         ConfigError: Training or validation images have no masks.
         FormatError: A slide, or its mask, cannot be opened.
     """
-    from foveate.models import create_model
-
     split = split_items(find_items(config.data), config.data)
     for kind in ("train", "val"):
         check_large_files(split[kind], config.data)
@@ -193,13 +192,7 @@ def build_task(config: FitConfig) -> SegmentationTask:
             raise ConfigError(f"{kind} image {bare[0]} has no mask; correct data.masks, or take it out of the split")
     with torch.random.fork_rng(devices=[]):  # the caller's generator is not ours to move
         torch.manual_seed(config.train.seed)
-        model = create_model(
-            config.model.name,
-            in_chans=config.data.channels,
-            num_classes=config.data.num_classes,
-            weights=config.model.weights,
-            **config.model.overrides,
-        )
+        model = make_model(config)
         if config.train.score_target == "head" and prunes(model):
             numbers = model.config.width, config.data.num_classes, len(model.config.prune_after)
             model.add_module(TEACHER, Teacher(*numbers))

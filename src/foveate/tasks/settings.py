@@ -83,7 +83,8 @@ class ModelSpec:
     overrides: dict[str, Override] = field(default_factory=dict)
     """Fields of the model's configuration to change, such as ``{depth: 6, patch_size: 8}``."""
     weights: str | None = None
-    """Safetensors file, or a folder that ``save_pretrained`` wrote, to start from."""
+    """What to start from: a safetensors file with an encoder's weights, the folder of a run, or one that
+    ``save_pretrained`` wrote. Where this model prunes and that one does not, scorers and assembler are fresh."""
 
     def __post_init__(self) -> None:
         require(bool(self.name), "model.name is empty: give a name such as 'apf_vit_tiny'")
