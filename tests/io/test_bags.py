@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from foveate.errors import FormatError, MissingExtraError, ShapeError
 from foveate.geometry.patch_source import PatchSource
-from foveate.io import tensor_file
 from foveate.io.bags import FeatureBag, write_bag
 from foveate.io.bags_h5 import export_h5, import_h5
+from foveate.io.tile_cache import DiskFile, forget
 
 
 def boxes_of(num, side=16):
@@ -64,11 +64,20 @@ def test_parts_are_written_as_they_come(tmp_path: Path, bag: Path) -> None:
     assert (len(empty), empty.width) == (0, 0)
 
 
-def test_pages_of_the_file_are_let_go(bag: Path, monkeypatch) -> None:
-    monkeypatch.setattr(tensor_file, "_MOST_MAPPED", 100)
+def test_a_row_costs_a_row(bag: Path, monkeypatch) -> None:
+    found, read = FeatureBag(bag), []
+    plain = DiskFile.read
+    monkeypatch.setattr(DiskFile, "read", lambda self, place, count: read.append(count) or plain(self, place, count))
+    assert torch.equal(found.read(torch.tensor([3, 4, 5, 39, 0])), features().half()[[3, 4, 5, 39, 0]])
+    assert read == [3 * 14, 14, 14]
+
+
+def test_a_bag_that_was_written_anew_is_opened_anew(bag: Path) -> None:
     found = FeatureBag(bag)
-    for part in torch.arange(40).split(4):
-        assert torch.equal(found.read(part), features().half()[part])
+    write_bag(bag, features(50), overwrite=True)
+    forget((str(bag), found._file._stamp))
+    with pytest.raises(FormatError, match=r"a.safetensors: has changed since it was opened; open it again"):
+        found.read(torch.tensor([3]))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Bags of features: what an encoder made of the patches of one image, with their boxes and where they came from.
 
-A bag is one safetensors file. It is written as a stream and read by memory map, so that a row costs a row.
+A bag is one safetensors file. It is written as a stream and read by place, so that a row costs a row, and no page of a
+file is ever mapped that counts as memory of the process.
 
 Legend: N patches, R patches that are read, F features, D spatial axes.
 """
@@ -120,8 +121,8 @@ class FeatureBag:
     def __init__(self, path: str | Path, width: int | None = None) -> None:
         self.path = Path(path)
         self._file = TensorFile(self.path, KIND, _REMEDY)
-        self._features = self._file.tensor("features", 2, "f")
-        if width is not None and len(self._features) and self._features.shape[1] != width:
+        self._features = self._file.find("features", 2, "f")
+        if width is not None and len(self) and self._features.shape[1] != width:
             raise bad_file(
                 self.path,
                 f"holds features of width {self._features.shape[1]}, the model takes {width}; embed it the same way",
@@ -133,8 +134,9 @@ class FeatureBag:
             self.shape: tuple[int, ...] | None = None if said is None else tuple(int(side) for side in said)
             self.provenance: dict[str, Any] = dict(self._file.value("provenance", {}))
             """What the writer said of where the features came from."""
-            if self._stored_boxes is not None and len(self._stored_boxes) != len(self):
-                raise ValueError(f"{len(self._stored_boxes)} boxes for {len(self)} patches")
+            places = self._file.find("boxes", 3, "i") if "boxes" in self._file else None
+            if places is not None and places.shape[0] != len(self):
+                raise ValueError(f"{places.shape[0]} boxes for {len(self)} patches")
         except (TypeError, ValueError) as error:
             raise self._file.damaged(one_line(error)) from None
 
@@ -142,11 +144,7 @@ class FeatureBag:
         return FeatureBag, (self.path,)
 
     def __len__(self) -> int:
-        return len(self._features)
-
-    @property
-    def _stored_boxes(self) -> NDArray[Any] | None:
-        return self._file.tensor("boxes", 3, "i") if "boxes" in self._file else None
+        return self._features.shape[0]
 
     @cached_property
     def boxes(self) -> Int64[Tensor, "N 2 D"] | None:
@@ -155,10 +153,9 @@ class FeatureBag:
         Raises:
             FormatError: one is empty or leaves the image.
         """
-        stored = self._stored_boxes
-        if stored is None:
+        if "boxes" not in self._file:
             return None
-        boxes = torch.from_numpy(stored.astype(np.int64))
+        boxes = torch.from_numpy(self._file.tensor("boxes", 3, "i").astype(np.int64))
         try:
             check_boxes(boxes, len(self), self.shape)
         except ShapeError as error:
@@ -168,7 +165,4 @@ class FeatureBag:
     def read(self, index: Int64[Tensor, " R"]) -> Shaped[Tensor, "R F"]:
         """Returns the features at ``index`` as stored, float16 or float32."""
         at = check_index(index, len(self)).numpy()
-        in_order = len(at) > 0 and at[-1] - at[0] == len(at) - 1 and bool((np.diff(at) == 1).all())
-        rows = self._features[at[0] : at[-1] + 1].copy() if in_order else self._features[at]
-        self._file.release(rows.nbytes)
-        return torch.from_numpy(rows)
+        return torch.from_numpy(self._file.rows(self._features, at))

@@ -1,12 +1,12 @@
-"""Arrays in a safetensors file with a word on what they are: written as streams, read by memory map.
+"""Arrays in a safetensors file with a word on what they are: written as streams, read by row.
 
 A file begins with the length of its header in 8 bytes, then the header as JSON, then the arrays one after the other.
 """
 
 import json
-import mmap
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from foveate.errors import FormatError
 from foveate.io.guard import bad_file
+from foveate.io.tile_cache import DiskFile, handle, stamp_of
 from foveate.io.write import atomic_write
 
 Array = NDArray[Any]
@@ -22,7 +24,6 @@ Array = NDArray[Any]
 _NAMES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U32": "<u4", "U16": "<u2", "U8": "|u1"}
 _CODES = {np.dtype(kind): name for name, kind in _NAMES.items()}
 _MOST_HEADER = 100 * 2**20  # as in the format's own rules
-_MOST_MAPPED = 32 * 2**20  # bytes that were looked at and may stay in the memory of the process
 
 
 def is_tensor_file(head: bytes) -> bool:
@@ -77,8 +78,17 @@ def write_tensors(
     return Path(path)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where an array lies in a file."""
+
+    shape: tuple[int, ...]
+    kind: np.dtype[Any]
+    place: int
+
+
 class TensorFile:
-    """The arrays of a file that says of itself what it is.
+    """The arrays of a file that says of itself what it is; of files that are open at once there are few.
 
     Args:
         path: The file.
@@ -91,22 +101,15 @@ class TensorFile:
 
     def __init__(self, path: Path, kind: str, remedy: str) -> None:
         self.path, self.kind, self._remedy = path, kind, remedy
-        header: Any = None
-        try:
-            with path.open("rb") as file:
-                head = file.read(16)
-                is_one = is_tensor_file(head)
-                self._start = 8 + int.from_bytes(head[:8], "little") if is_one else 0
-                file.seek(8)
-                text = file.read(self._start - 8) if is_one else b""
-                self._bytes = file.seek(0, 2) - self._start
-                with suppress(ValueError, RecursionError):
-                    header = json.loads(text)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if is_one else None
-        except OSError as error:
-            raise bad_file(path, f"cannot be read ({error.strerror or error}); check the path") from None
-        if not is_one:
+        self._stamp = stamp_of(path)
+        head = self._bytes_at(0, 16)
+        if not is_tensor_file(head):
             raise bad_file(path, f"is no {kind} (it begins with {head[:8]!r}); {remedy}")
+        size = int.from_bytes(head[:8], "little")
+        self._start, self._size = 8 + size, self._stamp[1]
+        header: Any = None
+        with suppress(ValueError, RecursionError):
+            header = json.loads(self._bytes_at(8, size))
         if not isinstance(header, dict):
             raise self.damaged("its header is cut short or no JSON")
         about = header.pop("__metadata__", {})
@@ -115,9 +118,8 @@ class TensorFile:
             raise bad_file(path, f"is a safetensors file of kind {found!r}, not a {kind}; {remedy}")
         self.about: dict[str, str] = about
         self._header: dict[str, Any] = header
-        self._seen = 0
 
-    def damaged(self, reason: str) -> Exception:
+    def damaged(self, reason: str) -> FormatError:
         """The error about a file that is not what its writer made."""
         return bad_file(self.path, f"damaged {self.kind} ({reason}); {self._remedy}")
 
@@ -135,8 +137,8 @@ class TensorFile:
     def __contains__(self, name: str) -> bool:
         return name in self._header
 
-    def tensor(self, name: str, num_axes: int, kinds: str) -> Array:
-        """A view of an array in the file, which must not be written to; nothing is read yet.
+    def find(self, name: str, num_axes: int, kinds: str) -> Stored:
+        """Where an array lies; nothing is read.
 
         Args:
             name: Which.
@@ -154,14 +156,31 @@ class TensorFile:
             raise self.damaged(f"it has no {name} of a known type") from None
         if len(shape) != num_axes or kind.kind not in kinds or min(shape, default=0) < 0:
             raise self.damaged(f"{name} is {kind} {shape}")
-        if not 0 <= low <= high <= self._bytes or high - low != prod(shape) * kind.itemsize:
+        if not 0 <= low <= high <= self._size - self._start or high - low != prod(shape) * kind.itemsize:
             raise self.damaged(f"{name} of {shape} is cut short")
-        assert self._map is not None
-        return np.frombuffer(self._map, kind, prod(shape), self._start + low).reshape(shape)
+        return Stored(shape, kind, self._start + low)
 
-    def release(self, num_bytes: int) -> None:
-        """Count what was looked at, and let go of pages of the file once they are many; they are read again at need."""
-        self._seen += num_bytes
-        if self._map is not None and self._seen > _MOST_MAPPED and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._seen = 0
+    def rows(self, stored: Stored, index: NDArray[np.int64]) -> Array:
+        """Returns some rows of an array; rows that follow each other are read in one go, and no others are touched.
+
+        Raises:
+            FormatError: the file is not the same any more.
+        """
+        row = stored.shape[1:]
+        out = np.empty((len(index), *row), stored.kind)
+        size = prod(row) * stored.kind.itemsize
+        for run in np.split(np.arange(len(index)), np.flatnonzero(np.diff(index) != 1) + 1):
+            if len(run):
+                data = self._bytes_at(stored.place + int(index[run[0]]) * size, len(run) * size)
+                out[run[0] : run[-1] + 1] = np.frombuffer(data, stored.kind).reshape(len(run), *row)
+        return out
+
+    def tensor(self, name: str, num_axes: int, kinds: str) -> Array:
+        """Returns a whole array; see `find`."""
+        stored = self.find(name, num_axes, kinds)
+        return self.rows(stored, np.arange(stored.shape[0]))
+
+    def _bytes_at(self, place: int, count: int) -> bytes:
+        key = (str(self.path), self._stamp)
+        file: DiskFile = handle(key, lambda: DiskFile(self.path, self._stamp))
+        return file.read(place, count)
