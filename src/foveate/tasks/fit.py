@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from foveate.errors import FormatError
 from foveate.tasks.checkpoint import find_checkpoint
 from foveate.tasks.config import SEGMENTATION, read_settings, task_of
 from foveate.tasks.infer import SETTINGS
@@ -37,13 +38,13 @@ def run_task(
 
 
 def task_of_run(path: str | Path) -> str:
-    """What a trained model is about, ``segmentation`` or ``recognition``.
+    """What a trained model is about; ``segmentation`` where there is none, about which others complain.
 
     Args:
         path: run folder, or a checkpoint's folder.
-
-    Raises:
-        FormatError: there is no complete model.
     """
-    settings = find_model(path) / SETTINGS
+    try:
+        settings = find_model(path) / SETTINGS
+    except FormatError:
+        return SEGMENTATION
     return task_of(read_settings(settings)) if settings.is_file() else SEGMENTATION

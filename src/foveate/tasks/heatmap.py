@@ -119,7 +119,11 @@ def heatmap_picture(heat: Heat, native: Source | None, said: Mapping[str, str], 
     outlined = painted(picture, frames(heat.boxes[heat.index] * scale, height, width, line), colour)
     sides = " x ".join(map(str, heat.shape))
     titles = [f"image\n{sides}, {len(heat.index):,} of {len(heat.boxes):,} patches chosen"]
-    titles += [f"{task}\n{said.get(task, '')}" for task in heat.tasks]
+    times = heat.share.max(0, initial=0) * len(heat.boxes)
+    titles += [
+        f"{task}: {said.get(task, '')}\nhighest {most:.1f} times the mean"
+        for task, most in zip(heat.tasks, times, strict=True)
+    ]
     shown = [heat_overlay(picture, layer) for layer in layers]
     return panel([[outlined, *shown]], titles, side=max(512, height, width), note=HEAT_NOTE)
 
