@@ -407,6 +407,14 @@ class Alone(nn.Module):
         return x
 
 
+class Bare(nn.Module):
+    """Blocks whose norms lie elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": nn.Linear(4, 4)}) for _ in range(4))
+
+
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -419,6 +427,7 @@ class Two(nn.Module):
         (nn.Conv2d(1, 1, 1), {}, "Conv2d has no stack of transformer blocks that sparsify.. finds; give its path"),
         (Plain(), {"blocks": "vit.blocks"}, r"blocks='vit.blocks' is no stack of blocks in Plain; .*'encoder.layers'"),
         (Plain(), {"blocks": "patch"}, "blocks='patch' is no stack of blocks in Plain"),
+        (Bare(), {}, "the blocks in 'blocks' have no norm of their own that tells the width; give another path"),
         (Two(), {}, "several stacks of blocks: 'encoder.encoder.layers', 'decoder.encoder.layers'; choose"),
         (Plain(), {"prune_after": (0, 3)}, r"prune_after=\(0, 3\) must ascend within 0..2, before the last of the 4"),
         (Plain(), {"prune_after": ()}, "must ascend within"),
@@ -441,6 +450,15 @@ def test_impossible_ratios(ratio: float | tuple[float, ...]) -> None:
     for model in (Plain(), ours()):
         with pytest.raises(BudgetError, match="keep_ratio="):
             fv.sparsify(model, (0, 2), ratio)
+
+
+@plain
+def test_impossible_ratios_at_run_time(sparse: tuple[nn.Module, Tensor]) -> None:
+    model, images = sparse
+    for ratio in (0.0, 2.0, (0.5,)):
+        model.sparsifier.pruning = Pruning(keep_ratio=ratio)
+        with pytest.raises(BudgetError, match="keep_ratio="):
+            model(images)
 
 
 @plain
@@ -513,10 +531,12 @@ def test_a_path_chooses_among_stacks() -> None:
 
 
 def test_monai_in_training() -> None:
-    """A whole step of MONAI's UNETR, its decoder untouched."""
+    """A whole step of MONAI's UNETR, its decoder untouched, on the tensors that MONAI's loaders give."""
+    from monai.data import MetaTensor
+
     model = fv.sparsify(monai_unetr(2), (2, 5, 8), (0.75, 0.6, 0.5)).train()
     with model.sparsifier.scores() as scores:
-        logits = model(torch.randn(2, 1, 96, 96))
+        logits = model(MetaTensor(torch.randn(2, 1, 96, 96)))
     assert [len(stage.kept) for stage in scores] == [54, 44, 36]
     (logits.square().mean() + score_loss(scores, torch.rand(72).round(), [36, 36])).backward()
     assert all(value.grad is not None for value in model.sparsifier.pruners.parameters())

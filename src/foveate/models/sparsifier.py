@@ -238,7 +238,8 @@ class Sparsifier(nn.Module):
             run.noise.append(pruning.noise.get_state())
         rows = run.rows(alive.tokens)
         x_KD = y_SD.index_select(0, rows)
-        ratio, stages = pruning.keep_ratio or self.keep_ratio, len(self.prune_after)
+        ratio = self.keep_ratio if pruning.keep_ratio is None else pruning.keep_ratio
+        stages = len(self.prune_after)
         keep = [keep_counts(length, ratio, stages)[stage] for length in run.alive[0].lengths]
         pruned = self.pruners[stage](x_KD, Packing(alive.lengths, rows.device), keep, pruning)
         kept, gone = pruned.split.kept[0], pruned.split.pruned[0]
