@@ -26,7 +26,7 @@ def test_seed_means_the_same_on_every_machine() -> None:
         assert image.shape == (1, 48, 48, 48)
         assert image.dtype == labels.dtype == np.uint8
         digests.append(hashlib.sha256(image.tobytes() + labels.tobytes()).hexdigest()[:16])
-    assert digests == ["26fc17314ea29594", "3b8ada28c9ac52a0"]
+    assert digests == ["26fc17314ea29594", "d6ced3b0c6809fe2"]
 
 
 def test_every_organ_is_there_and_sizes_differ() -> None:
@@ -61,17 +61,20 @@ def test_light_is_uneven_and_noise_is_there() -> None:
     assert ratio.min() < 0.9
 
 
-def test_only_the_mark_says_which_ball_is_labelled() -> None:
-    octants = set()
+@pytest.mark.parametrize("num_balls", [2, 4, 8])
+def test_only_the_mark_says_which_ball_is_labelled(num_balls: int) -> None:
+    used = num_balls.bit_length() - 1
+    parts = set()
     for seed in range(24):
-        image, labels = marked_volume(seed, 48, noise=0.0, bias=0.0)
-        place = np.argwhere(labels == 1).mean(0) > 24
-        octants.add(tuple(place.tolist()))
-        mark = image[0, :6, :6, :6]
-        assert np.array_equal(np.argwhere(mark > 200).mean(0) > 3, place)
-        balls = (image[0] > 130).astype(int)
-        assert balls.sum() > 6 * (labels == 1).sum()
-    assert len(octants) == 8
+        image, labels = marked_volume(seed, 48, num_balls=num_balls, noise=0.0, bias=0.0)
+        place = np.argwhere(labels == 1).mean(0)[:used] > 24
+        parts.add(tuple(place.tolist()))
+        bright = np.argwhere(image[0, :8, :8, :8] > 200)
+        assert np.array_equal(bright.mean(0)[:used] > 3.5, place)
+        assert len(bright) == 8**3 // num_balls
+        balls = int(((image[0] > 130) & (image[0] < 200)).sum())
+        assert balls > 0.75 * num_balls * (labels == 1).sum()
+    assert len(parts) == num_balls
 
 
 def test_bad_requests_say_the_rule() -> None:
@@ -79,3 +82,5 @@ def test_bad_requests_say_the_rule() -> None:
         organ_volume(0, 16)
     with pytest.raises(BudgetError, match=r"noise=14\.0, bias=1\.5: noise must lie in \[0, 100\] and bias in \[0, 1\)"):
         marked_volume(0, bias=1.5)
+    with pytest.raises(BudgetError, match="num_balls=3 must be 2, 4 or 8: one in each half, quarter or octant"):
+        marked_volume(0, num_balls=3)
