@@ -12,11 +12,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from foveate.errors import BudgetError
+from foveate.geometry.image import Real
 from foveate.geometry.soft_estimators import estimator_of
 from foveate.geometry.split import Split, soft_topk
 from foveate.nn.attention import Packing
 
-KeepRatio = float | tuple[float, ...]
+KeepRatio = Real | tuple[Real, ...]
 LEAST = 16
 """Tokens of an image below which pruning never goes, unless the image has fewer."""
 

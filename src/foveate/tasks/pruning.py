@@ -110,6 +110,7 @@ def selection_recall(scores: Sequence[Scores], worth: Float[Tensor, " T"]) -> di
         what the best choice of as many tokens would reach.
     """
     kept = scores[-1].rows.index_select(0, scores[-1].kept).cpu()
+    kept = kept[kept < len(worth)]  # a model may repeat a tiny pack behind itself
     chosen = torch.zeros_like(worth, dtype=torch.bool).index_fill(0, kept, True)
     edge, some = worth == 1.0, worth > 0.0
     return {
