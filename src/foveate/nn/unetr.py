@@ -111,9 +111,12 @@ class DenseDecoder(nn.Module):
         leaf_G = cells(leaves)
         tokens = [paint(x_LD, leaf_G.to(pixels.device)) for x_LD in hidden]
         if leaf_G.numel() == len(leaves):
-            index_L = leaf_G.flatten().to(pixels.device)
-            whole = self._dense(tokens, merge(pixels.index_select(0, index_L), leaf_G.shape))
-            return split(whole, self.patch_size).index_select(0, index_L.argsort())
+            index_L = leaf_G.flatten()
+            raster = bool((index_L.diff() == 1).all())  # of a uniform grid
+            index_L = index_L.to(pixels.device)
+            whole = self._dense(tokens, merge(pixels if raster else pixels.index_select(0, index_L), leaf_G.shape))
+            logits = split(whole, self.patch_size)
+            return logits if raster else logits.index_select(0, index_L.argsort())
         row_Q = sample_rows(leaves, leaf_G, self.patch_size).to(pixels.device)
         x = self._dense(tokens, paint(pixels.movedim(1, -1).flatten(0, -2), row_Q))
         logits_QK = x[0].flatten(1).t()
@@ -135,8 +138,8 @@ class DenseDecoder(nn.Module):
 
 def paint(x_RC: Float[Tensor, "R C"], index: Int64[Tensor, "*G"]) -> Float[Tensor, "1 C *G"]:
     """Lay rows out on a grid of row indices, channels-last."""
-    grid = x_RC.index_select(0, index.flatten()).view(*index.shape, x_RC.shape[1])
-    return grid.movedim(-1, 0)[None]
+    grid = x_RC.index_select(0, index.flatten()).view(1, *index.shape, x_RC.shape[1])
+    return grid.movedim(-1, 1)
 
 
 def merge(pixels: Float[Tensor, "L C *P"], counts: Sequence[int]) -> Float[Tensor, "1 C *Q"]:
@@ -149,7 +152,7 @@ def merge(pixels: Float[Tensor, "L C *P"], counts: Sequence[int]) -> Float[Tenso
     num = len(counts)
     pairs = [axis for i in range(num) for axis in (i, num + 1 + i)]
     grid = pixels.view(*counts, *pixels.shape[1:]).permute(*pairs, num)
-    return grid.reshape(*(n * pixels.shape[-1] for n in counts), pixels.shape[1]).movedim(-1, 0)[None]
+    return grid.reshape(1, *(n * pixels.shape[-1] for n in counts), pixels.shape[1]).movedim(-1, 1)
 
 
 def split(picture: Float[Tensor, "1 C *Q"], side: int) -> Float[Tensor, "L C *P"]:

@@ -9,7 +9,7 @@ Legend: C channels, S spatial extent, N dimensions.
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -18,33 +18,64 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 _EPS, _SLOPE = 1e-5, 0.01  # of MONAI's instance norm and leaky relu
+_FORMAT = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The same numbers, the channels of a place side by side in memory."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    """The same numbers, the channels of a place side by side in memory; no view, so that it may be overwritten."""
+    return x.contiguous(memory_format=_FORMAT[x.ndim])
 
 
 def convolve(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolution of the concatenated channels of ``parts``, zeros around, as many places out as in.
 
     Args:
-        parts: each ``[1, C_i, *S]``.
+        parts: each ``[1, C_i, *S]``, channels-last.
         weight: ``[C_out, sum(C_i), *k]`` with one odd k.
         bias: ``[C_out]``.
     """
-    ends = list(accumulate(part.shape[1] for part in parts))
-    out: Tensor | None = None
-    for part, end in zip(parts, ends, strict=True):
-        own = weight[:, end - part.shape[1] : end]
-        if weight.shape[-1] == 1:
-            one = functional.linear(part.movedim(1, -1), own.flatten(1), bias).movedim(-1, 1)
-        else:
-            conv = functional.conv2d if part.ndim == 4 else functional.conv3d
-            one = channels_last(conv(*_four(part, own), bias, padding=weight.shape[-1] // 2))
-        out, bias = one if out is None else out.add_(one), None
-    assert out is not None
-    return out
+    if weight.shape[-1] == 1:
+        out: Tensor = _Pointwise.apply(weight.flatten(1), bias, *parts)
+        return out
+    conv = functional.conv2d if parts[0].ndim == 4 else functional.conv3d
+    ends = [0, *accumulate(part.shape[1] for part in parts)]
+    pairs = [_four(part, weight[:, a:b]) for part, (a, b) in zip(parts, pairwise(ends), strict=True)]
+    outs = [channels_last(conv(x, own, padding=weight.shape[-1] // 2)) for x, own in pairs]
+    return sum(outs[1:], outs[0] if bias is None else outs[0] + bias.view(-1, *(1,) * (parts[0].ndim - 2)))
+
+
+class _Pointwise(torch.autograd.Function):
+    """A convolution with kernel 1, as a matrix product into memory that is no view, so that it may be overwritten."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
+        ends = [0, *accumulate(part.shape[1] for part in parts)]
+        shape = (1, len(weight), *parts[0].shape[2:])
+        out = torch.empty(shape, dtype=parts[0].dtype, device=weight.device, memory_format=_FORMAT[len(shape)])
+        rows = _rows(out).flatten(0, 1)
+        rows.copy_(bias.expand_as(rows)) if bias is not None else rows.zero_()
+        for part, (a, b) in zip(parts, pairwise(ends), strict=True):
+            rows.addmm_(_rows(part).flatten(0, 1), weight[:, a:b].t().to(part.dtype))
+        ctx.save_for_backward(weight, *parts)
+        ctx.has_bias = bias is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *parts = ctx.saved_tensors
+        rows = _rows(channels_last(gradient)).flatten(0, 1)
+        own = torch.cat([rows.t() @ _rows(part).flatten(0, 1) for part in parts], 1).to(weight.dtype)
+        bias = (rows.new_ones(1, len(rows)) @ rows)[0].to(weight.dtype) if ctx.has_bias else None
+        grads, end = [], 0
+        for part, needed in zip(parts, ctx.needs_input_grad[2:], strict=True):
+            end += part.shape[1]
+            grad = None
+            if needed:
+                grad = torch.empty_like(part)
+                torch.mm(rows, weight[:, end - part.shape[1] : end].to(rows.dtype), out=_rows(grad).flatten(0, 1))
+            grads.append(grad)
+        return own, bias, *grads
 
 
 def _four(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +142,7 @@ class _Normalise(torch.autograd.Function):
         places, slope = math.prod(y.shape[2:]), ctx.slope
         gradient = channels_last(gradient)
         if slope == 1:
-            gradient, plain = gradient.clone(memory_format=torch.preserve_format), y
+            gradient, plain = gradient.clone(), y
         else:
             gradient = torch.ops.aten.leaky_relu_backward(gradient, y, slope, True)
             plain = functional.leaky_relu(y, 1 / slope)
@@ -122,7 +153,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A view ``[S_0, the other places, C]`` of ``[1, C, *S]``, channels-last."""
+    """A view ``[S_0, the other places, C]`` of ``[1, C, *S]``, which is channels-last."""
     return x[0].movedim(0, -1).view(x.shape[2], -1, x.shape[1])
 
 
@@ -144,7 +175,8 @@ def residual(block: Any, *parts: Tensor) -> Tensor:
         short = normalise(convolve(parts, block.conv3.conv.weight), 1.0)
     else:
         (short,) = parts
-    return functional.leaky_relu_(out + short, _SLOPE)
+    whole = out + short if torch.is_grad_enabled() else out.add_(short)
+    return functional.leaky_relu_(whole, _SLOPE)
 
 
 def basic(block: Any, x: Tensor) -> Tensor:
