@@ -8,8 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from foveate.errors import FormatError, ShapeError
+from foveate.io.pyramid_cache import with_levels
 from foveate.io.raster import Raster, open_raster
 from foveate.io.sparse_image import SparseRaster, open_sparse, write_sparse
+from sources import mean_levels
 
 
 def sparse(shape=(700, 900), share=0.001, seed=0, **options):
@@ -39,6 +41,22 @@ def test_blank_boxes_are_known_without_reading() -> None:
     assert raster.blank(np.stack([start, stop], axis=1)).tolist() == wanted
 
 
+def test_a_large_image_has_coarse_levels(monkeypatch) -> None:
+    monkeypatch.setattr("foveate.io.sparse_image.fits_whole", lambda shape: False)
+    monkeypatch.setattr("foveate.io.sparse_image._TILE", 64)
+    image, raster = sparse((701, 902), share=0.2)
+    (quarter, sixteenth) = mean_levels(image[None].astype(np.float64), [4, 16])
+    assert raster.levels == ((701, 902), (176, 226), (44, 57))
+    assert raster.downsamples == ((1, 1), (4, 4), (16, 16))
+    for level, wanted in ((1, quarter), (2, sixteenth)):
+        found = raster.read(((0, 0), (701, 902)), level)
+        assert np.array_equal(found, np.rint(wanted))
+        step = 4**level
+        part = raster.read(((3 * step + 1, 5 * step), (701, 20 * step - 3)), level)
+        assert np.array_equal(part, found[:, 3:, 5:20])
+    assert with_levels(raster) is raster
+
+
 @pytest.mark.parametrize("spacing", [None, (0.001, 0.002)])
 def test_a_file_holds_the_same(tmp_path: Path, spacing) -> None:
     image, raster = sparse(spacing=spacing)
@@ -63,7 +81,8 @@ def test_an_empty_image_is_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "index", "message"),
     [
-        ((4, 4, 4), [1], r"1 values at 1 places of \(4, 4, 4\); give one value each, of a plane"),
+        ((4, 4, 4), [1], r"1 values at 1 places of \(4, 4, 4\); give one each, of a plane up to 2.40 pixels"),
+        ((2**21, 2**20), [1], r"1 values at 1 places of \(2097152, 1048576\); give one each, of a plane up to 2.40"),
         ((4, 4), [2, 1], "places of pixels must rise from 0 to 15, without repeats; sort them"),
         ((4, 4), [16], "places of pixels must rise from 0 to 15"),
     ],
@@ -85,6 +104,8 @@ def bad_file_of(kind: str, path: Path) -> Path:
         save_file({"weight": np.zeros(3, np.float32)}, path)
     elif kind == "shape":
         save_file(tensors, path, about | {"shape": "[7, 9]"})
+    elif kind == "shape endless":
+        save_file(tensors, path, about | {"shape": "[Infinity, 9]"})
     elif kind == "shape no json":
         save_file(tensors, path, about | {"shape": "[7,"})
     elif kind == "shape no numbers":
@@ -104,6 +125,7 @@ def bad_file_of(kind: str, path: Path) -> Path:
         ("other", "is a safetensors file of kind None, not a foveate sparse image; write it with"),
         ("shape", "damaged foveate sparse image .places of pixels must rise from 0 to 62"),
         ("shape no json", "shape is no JSON"),
+        ("shape endless", "damaged foveate sparse image .cannot convert float infinity to integer"),
         ("shape no numbers", "damaged foveate sparse image .invalid literal"),
         ("float", r"index is float32 \(\d+,\)"),
         ("value", "it has no value of a known type"),

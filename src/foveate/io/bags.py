@@ -137,7 +137,7 @@ class FeatureBag:
             places = self._file.find("boxes", 3, "i") if "boxes" in self._file else None
             if places is not None and places.shape[0] != len(self):
                 raise ValueError(f"{places.shape[0]} boxes for {len(self)} patches")
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise self._file.damaged(one_line(error)) from None
 
     def __reduce__(self) -> tuple[type["FeatureBag"], tuple[Path]]:

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from foveate.errors import ShapeError
 from foveate.geometry.source import Box
 from foveate.io.guard import one_line
-from foveate.io.raster import About, check_window
+from foveate.io.raster import About, check_window, fits_whole
 from foveate.io.spacing import mpp_of
 from foveate.io.tensor_file import TensorFile, write_tensors
 
 KIND = "foveate sparse image"
-_TILE = 512  # what is made dense at once
+_TILE = 512  # side of what is made dense at once
+_STEP = 4  # between levels
+_MOST = 2**40  # pixels
 
 
 class SparseRaster:
@@ -43,11 +45,16 @@ class SparseRaster:
         value: UInt8[np.ndarray, " M"],
         spacing: tuple[float, ...] | None = None,
     ) -> None:
-        if len(shape) != 2 or min(shape) < 1 or len(index) != len(value):
-            raise ShapeError(f"{len(value)} values at {len(index)} places of {shape}; give one value each, of a plane")
+        if len(shape) != 2 or min(shape) < 1 or prod(shape) > _MOST or len(index) != len(value):
+            raise ShapeError(
+                f"{len(value)} values at {len(index)} places of {shape}; give one each, of a plane up to 2^40 pixels"
+            )
         if len(index) and not (index[0] >= 0 and index[-1] < prod(shape) and bool((np.diff(index) > 0).all())):
             raise ShapeError(f"places of pixels must rise from 0 to {prod(shape) - 1}, without repeats; sort them")
         self._shape, self.index, self.value, self._spacing = (int(shape[0]), int(shape[1])), index, value, spacing
+        self._steps = [1]
+        while not fits_whole(shape) and max(shape) > _TILE * self._steps[-1]:
+            self._steps.append(self._steps[-1] * _STEP)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,13 +73,13 @@ class SparseRaster:
 
     @property
     def levels(self) -> tuple[tuple[int, ...], ...]:
-        """One level."""
-        return (self._shape,)
+        """Spatial shape of every level: one of an image that is soon read, else those of 4, 16, ... times less."""
+        return tuple(tuple(-(-side // step) for side in self._shape) for step in self._steps)
 
     @property
     def downsamples(self) -> tuple[tuple[float, ...], ...]:
-        """One level."""
-        return ((1.0, 1.0),)
+        """Level-0 pixels per pixel of every level, whole numbers."""
+        return tuple((float(step), float(step)) for step in self._steps)
 
     @property
     def spacing(self) -> tuple[float, ...] | None:
@@ -92,21 +99,33 @@ class SparseRaster:
 
     def tile_shape(self, level: int = 0) -> tuple[int, ...]:
         """What is worth making dense at once."""
-        return (min(_TILE, self._shape[0]), min(_TILE, self._shape[1]))
+        height, width = self.levels[level]
+        return (min(_TILE, height), min(_TILE, width))
 
     def read(self, box: Box, level: int = 0) -> Shaped[np.ndarray, "1 *B"]:
-        """Returns the pixels ``[1, *B]`` of a box.
+        """Returns the pixels ``[1, *B]`` of a level that touch ``box``; those of a coarser one are area means.
 
         Raises:
             ShapeError: no such level, or a box that is empty, of other axes, or reaches outside the image.
         """
         (top, left), (bottom, right) = check_window(box, self._shape, level, self.downsamples)
-        out = np.zeros((1, bottom - top, right - left), np.uint8)
-        rows = slice(*np.searchsorted(self.index, [top * self._shape[1], bottom * self._shape[1]]))
-        y, x = np.divmod(self.index[rows], self._shape[1])
+        step, (height, width) = self._steps[level], self._shape
+        rows = slice(*np.searchsorted(self.index, [top * step * width, bottom * step * width]))
+        y, x = (at // step for at in np.divmod(self.index[rows], width))
         inside = (x >= left) & (x < right)
-        out[0, y[inside] - top, x[inside] - left] = self.value[rows][inside]
-        return out
+        y, x, value = y[inside] - top, x[inside] - left, self.value[rows][inside]
+        if step == 1:
+            out = np.zeros((1, bottom - top, right - left), np.uint8)
+            out[0, y, x] = value
+            return out
+        sides = (bottom - top, right - left)
+        total = np.bincount(y * sides[1] + x, value, sides[0] * sides[1]).reshape(1, *sides)
+        area = [
+            np.minimum(step, full - np.arange(low, high) * step)
+            for low, high, full in ((top, bottom, height), (left, right, width))
+        ]
+        mean: NDArray[np.uint8] = np.rint(total / (area[0][:, None] * area[1])).astype(np.uint8)
+        return mean
 
     def blank(self, boxes: Int64[np.ndarray, "N 2 2"]) -> Bool[np.ndarray, " N"]:
         """Returns which boxes are black all over.
@@ -158,5 +177,5 @@ def open_sparse(path: str | Path, *, spacing: tuple[float, ...] | None = None) -
         said = file.value("spacing")
         found = None if said is None else tuple(float(size) for size in said)
         return SparseRaster(shape, index.astype(np.int64), value.astype(np.uint8), spacing or found)
-    except (ShapeError, TypeError, ValueError) as error:
+    except (ShapeError, TypeError, ValueError, OverflowError) as error:
         raise file.damaged(one_line(error)) from None

@@ -152,7 +152,7 @@ class TensorFile:
             entry = self._header[name]
             kind, shape = np.dtype(_NAMES[entry["dtype"]]), tuple(int(side) for side in entry["shape"])
             low, high = (int(place) for place in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise self.damaged(f"it has no {name} of a known type") from None
         if len(shape) != num_axes or kind.kind not in kinds or min(shape, default=0) < 0:
             raise self.damaged(f"{name} is {kind} {shape}")
