@@ -295,7 +295,7 @@ def run(
     trained = train(model, side, data, seed, seconds=seconds)
     volumes = data.test if part == "test" else data.val
     params = sum(weight.numel() for weight in model.parameters())
-    return {**score(model, side, data, volumes), **trained, "params": params, "seed": seed}, model
+    return {**score(model, side, data, volumes), **trained, "params": params, "lr": side.lr, "seed": seed}, model
 
 
 def with_model(side: Side, name: str, **model: Any) -> Side:
