@@ -208,6 +208,7 @@ def gradients(model: nn.Module, run: nn.Module, images: Tensor, noise: bool, twi
     loss = run(images[:1]).square().mean()
     if twice:
         loss = loss + run(images[1:]).square().mean()
+    model.sparsifier.pruning = Pruning(keep_ratio=0.9)  # for what comes next, not for what is computed again
     loss.backward()
     return [torch.zeros(()) if value.grad is None else value.grad.clone() for value in model.parameters()]
 

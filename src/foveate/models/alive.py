@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from foveate.errors import ConfigError, ShapeError
+from foveate.nn.pruner import AS_TRAINED, Pruning
 
 PADDING = ("src_key_padding_mask", "key_padding_mask")
 ROTARY = ("rope", "position_embeddings")
@@ -50,6 +51,7 @@ class Run:
         alive: tokens before the first prune point, then behind each.
         gone: tokens that left at each prune point.
         noise: state of the generator of the noise at each.
+        pruning: how it prunes, for its recomputation.
         inputs: where the inputs of the blocks lie in memory; recomputation finds its pass by them.
     """
 
@@ -58,6 +60,7 @@ class Run:
     alive: list[Alive] = field(default_factory=list)
     gone: list[Tensor] = field(default_factory=list)
     noise: list[Tensor] = field(default_factory=list)
+    pruning: Pruning = AS_TRAINED
     inputs: set[int] = field(default_factory=set)
 
     def rows(self, tokens: Tensor) -> Tensor:
