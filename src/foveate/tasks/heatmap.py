@@ -1,7 +1,8 @@
 """What a model looked at, as pictures and files: heatmaps, chosen patches, the patches that matter most.
 
-Heat is a patch's share of the attention over the highest share of its image, so 1 is what was looked at most. Where
-patches overlap it is their mean.
+A patch that gets ``t`` times the attention of the mean patch of its image has heat ``t / (1 + t)``: one half at the
+mean, 0.9 at nine times, so that images can be compared, and a model that looks everywhere alike shows one even colour.
+Where patches overlap it is the mean of their heat.
 
 Legend: N patches, Q tasks, K chosen patches, H W sides of a picture, C channels, P side of a patch.
 """
@@ -23,7 +24,9 @@ from foveate.io.write import atomic_write
 from foveate.tasks.figures import BLUE, YELLOW, Picture, heat_overlay, painted, panel, resized, to_rgb
 from foveate.tasks.views import overview
 
-HEAT_NOTE = "share of the attention over the highest of the image: dark purple 0.1, green 0.5, yellow 1; grey below 0.1"
+HEAT_NOTE = (
+    "attention against the mean patch: grey below a tenth, purple a quarter, green the mean, yellow tenfold and more"
+)
 TOP = 24
 """Patches of a gallery."""
 _TILE = 512
@@ -50,22 +53,19 @@ class Heat:
     spacing: tuple[float, ...] | None = None
 
     @cached_property
-    def values(self) -> Float32[np.ndarray, "N Q"]:
-        """Heat of every patch for every task, 0 to 1."""
-        most = self.share.max(0, initial=0)
-        values: NDArray[np.float32] = (self.share / np.where(most > 0, most, 1)).astype(np.float32)
-        return values
+    def times(self) -> Float[np.ndarray, "N Q"]:
+        """Attention of every patch for every task, over that of the mean patch."""
+        return self.share * len(self.share)
 
     @cached_property
-    def mean(self) -> Float32[np.ndarray, " N"]:
-        """Heat over all tasks."""
-        share = self.share.mean(1)
-        return np.asarray(share / max(float(share.max(initial=0)), 1e-300), np.float32)
+    def values(self) -> Float32[np.ndarray, "N Q"]:
+        """Heat of every patch for every task, 0 to 1."""
+        return np.asarray(self.times / (1 + self.times), np.float32)
 
     @cached_property
     def ranked(self) -> Int64[np.ndarray, " K"]:
         """The chosen patches, the hottest first."""
-        return self.index[np.argsort(-self.mean[self.index], kind="stable")]
+        return self.index[np.argsort(-self.share[self.index].mean(1), kind="stable")]
 
 
 def paint_boxes(
@@ -119,11 +119,9 @@ def heatmap_picture(heat: Heat, native: Source | None, said: Mapping[str, str], 
     outlined = painted(picture, frames(heat.boxes[heat.index] * scale, height, width, line), colour)
     sides = " x ".join(map(str, heat.shape))
     titles = [f"image\n{sides}, {len(heat.index):,} of {len(heat.boxes):,} patches chosen"]
-    times = heat.share.max(0, initial=0) * len(heat.boxes)
-    titles += [
-        f"{task}: {said.get(task, '')}\nhighest {most:.1f} times the mean"
-        for task, most in zip(heat.tasks, times, strict=True)
-    ]
+    most = heat.times.max(0, initial=0)
+    tasks = zip(heat.tasks, most, strict=True)
+    titles += [f"{task}: {said.get(task, '')}\nhighest {top:.1f} times the mean" for task, top in tasks]
     shown = [heat_overlay(picture, layer) for layer in layers]
     return panel([[outlined, *shown]], titles, side=max(512, height, width), note=HEAT_NOTE)
 
@@ -151,7 +149,8 @@ def frames(boxes: Float[np.ndarray, "K 2 2"], height: int, width: int, line: int
 def write_heat_pyramid(
     path: Path, heat: Heat, *, kind: Literal["ome", "tiff"] = "ome", overwrite: bool = False
 ) -> Path:
-    """Write the heat as a pyramid of bytes at the size of the image, 255 standing for 1, one channel per task.
+    """Write the heat as a pyramid of bytes at the size of the image, 255 standing for 1, one channel per task; 0 is
+    also where no patch is.
 
     Cost: tile by tile; of a tile, a look at the patches in its row of tiles.
     """
@@ -170,7 +169,7 @@ def write_heat_pyramid(
         layers = 255 * paint_boxes(boxes, heat.values[near], bottom - top, right - left)
         return np.asarray(layers + 0.5, np.uint8)
 
-    text = "attention, 255 is the highest of the image: " + ", ".join(heat.tasks)
+    text = "attention t times the mean patch's as 255 t / (1 + t): " + ", ".join(heat.tasks)
     return write_pyramid(
         path,
         tile,
@@ -189,15 +188,15 @@ def write_heat_pyramid(
 
 
 def write_chosen(path: Path, heat: Heat, *, overwrite: bool = False) -> None:
-    """Write the chosen patches as GeoJSON for QuPath, detections with their rank and their heat as measurements."""
+    """Write the chosen patches as GeoJSON for QuPath, detections with their rank and their attention over the
+    mean patch's as measurements."""
     from foveate.io.geojson import write_geojson
 
     ranked = heat.ranked
     (top, left), (bottom, right) = heat.boxes[ranked].transpose(1, 2, 0)
     corners = np.stack([top, left, top, right, bottom, right, bottom, left], 1).reshape(-1, 4, 2)
     measured: dict[str, list[float]] = {"rank": [float(rank) for rank in range(1, len(ranked) + 1)]}
-    for number, task in enumerate(heat.tasks):
-        measured[f"attention {task}"] = heat.values[ranked, number].astype(float).tolist()
+    measured |= {f"attention {task}": heat.times[ranked, at].tolist() for at, task in enumerate(heat.tasks)}
     write_geojson(
         path,
         Polygons.of((1, [ring.astype(np.int32)]) for ring in corners),
@@ -225,7 +224,7 @@ def write_scores(path: Path, heat: Heat, *, overwrite: bool = False) -> None:
 
 
 def gallery(pixels: Shaped[np.ndarray, "K C P P"], heat: Heat, *, side: int = 128, columns: int = 8) -> Picture:
-    """The chosen patches that were looked at most, the hottest first, each with its rank, heat and place.
+    """The chosen patches that were looked at most, each with its rank, place, and attention over the mean patch's.
 
     Args:
         pixels: of the patches at the first places of ``heat.ranked``.
@@ -248,7 +247,9 @@ def gallery(pixels: Shaped[np.ndarray, "K C P P"], heat: Heat, *, side: int = 12
         top = gap + place // columns * (side + foot + gap)
         page.paste(Image.fromarray(resized(picture, side, side)), (left, top))
         y, x = heat.boxes[patch, 0].tolist()
-        draw.text((left, top + side + 2), f"{place + 1}: {heat.mean[patch]:.2f}", fill=(20, 20, 20), font=font)
+        draw.text(
+            (left, top + side + 2), f"{place + 1}: x {heat.times[patch].mean():.1f}", fill=(20, 20, 20), font=font
+        )
         draw.text((left, top + side + 15), f"y {y}, x {x}", fill=(90, 90, 90), font=font)
     return np.asarray(page)
 
