@@ -24,6 +24,7 @@ from foveate.geometry.patch_source import (
 from foveate.geometry.patches import patchify
 from foveate.geometry.tree import adaptive_leaves
 from foveate.io.raster import ArrayRaster
+from foveate.io.view import at_mpp
 from sources import TiledRaster, mean_levels
 
 
@@ -134,6 +135,15 @@ def test_a_grid_of_a_level_that_divides_nothing() -> None:
     assert np.array_equal(every(grid)[6], coarse[:, 8:16, 8:16])
     assert grid.boxes[6].tolist() == [[20, 20], [40, 40]]
     assert grid.boxes[:, 1].max(0).values.tolist() == [100, 90]
+
+
+def test_a_grid_of_a_view_is_cut_from_the_view() -> None:
+    view = at_mpp(TiledRaster(picture((150, 130)), (0.0005, 0.0005), tile=16), 0.7)
+    whole = view.read(((0, 0), view.shape))
+    grid = GridPatches(view, 20)
+    for (start, stop), pixels in zip(grid.boxes.tolist(), every(grid).numpy(), strict=True):
+        inside = whole[(slice(None), *(slice(a, b) for a, b in zip(start, stop, strict=True)))]
+        assert np.array_equal(pixels[:, : inside.shape[1], : inside.shape[2]], inside)
 
 
 def test_pixels_are_bytes_or_float32() -> None:

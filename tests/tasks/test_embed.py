@@ -119,6 +119,13 @@ def test_a_slide_of_no_known_pixel_size_is_skipped_where_one_is_asked_for(table:
     assert len(list((table.parent / "bags").iterdir())) == 2
 
 
+def test_a_slide_of_no_patch_has_no_bag(table: Path) -> None:
+    with pytest.raises(
+        FormatError, match=r"3 of 3 slides have no bag .*0.png: is a bag of 0 patches, of which nothing"
+    ):
+        made(table, tissue=1.0)
+
+
 def test_a_slide_of_one_patch_is_a_bag_of_one(table: Path) -> None:
     write_png(table.parent / "0.png", picture()[:, :30, :20], overwrite=True)
     written, _ = made(table, shard="1/3")
