@@ -16,6 +16,8 @@ from foveate.tasks.data import SegmentationData
 from foveate.tasks.evaluate import evaluate
 from foveate.tasks.infer import working_frame
 from foveate.tasks.items import find_items, split_items
+from foveate.tasks.losses import leaf_loss
+from foveate.tasks.metrics import PixelMetrics
 from foveate.tasks.predict import predict
 from foveate.tasks.segmentation import fit
 
@@ -207,3 +209,42 @@ def test_settings_of_volumes_are_checked_at_the_door(changes: dict[str, Any], me
     values = config_to_dict(load_config(EXAMPLES / "brats.yaml"))
     with pytest.raises(ConfigError, match=message):
         config_from_dict(values | {"data": values["data"] | changes})
+
+
+def test_a_region_counts_its_parts_as_one() -> None:
+    truth, guess = np.array([[0, 1, 2, 3, 255]]), np.array([[0, 2, 2, 1, 3]])
+    metrics = PixelMetrics(("background", "a", "b", "c"), groups={"all": (1, 2, 3), "ab": (1, 2), "c": (3,)})
+    row = metrics.update("x", guess, truth)
+    assert row["dice"] == {"all": 1.0, "ab": pytest.approx(4 / 5), "c": 0.0}
+    assert row["missed"] == ["c"]
+    assert metrics.summarise()["pooled_dice"]["ab"] == pytest.approx(4 / 5)
+
+
+def test_dice_in_the_loss_is_of_the_regions() -> None:
+    torch.manual_seed(0)
+    logits, weight = torch.randn(5, 4, 2, 2, 2), torch.rand(5, 2, 2, 2)
+    soft = torch.randn(5, 4, 2, 2, 2).softmax(1)
+    regions = [(1, 2, 3), (1, 3)]
+    loss = leaf_loss(logits, soft, weight, lengths=[5], groups=regions)
+    wanted = 0.0
+    for labels in regions:
+        chance, share = (part[:, labels].sum(1) for part in (logits.softmax(1), soft))
+        hit = float((chance * share * weight).sum())
+        wanted += 1 - (2 * hit + 1) / (float((chance * weight).sum() + (share * weight).sum()) + 1)
+    assert float(loss.dice_sum) == pytest.approx(wanted / 2, rel=1e-5)
+    each = [(label,) for label in (1, 2, 3)]
+    plain, same = (leaf_loss(logits, soft, weight, lengths=[5], groups=groups) for groups in (None, each))
+    assert float(plain.dice_sum) == pytest.approx(float(same.dice_sum), rel=1e-6)
+
+
+def test_volumes_thinner_than_a_patch_train_and_are_predicted(tmp_path: Path) -> None:
+    for k in range(3):
+        scan = np.random.default_rng(k).normal(0, 9, (9, 3, 2))
+        _save(tmp_path / f"images/{k}.nii.gz", scan.astype(np.float32), np.diag([0.5, 2, 6, 1]))
+        _save(tmp_path / f"labels/{k}.nii.gz", (scan > 0).astype(np.uint8), np.diag([0.5, 2, 6, 1]))
+    rules = ["data.manifest=null", "data.images=images/*", "data.masks=labels/{stem}.nii.gz", "data.resample=null"]
+    for window in ("null", "96"):
+        out = tmp_path / window
+        fit(_config("btcv", tmp_path, out, *rules, f"predict.window={window}", "tree.uniform=8"))
+        (mask,) = predict(out, tmp_path / "images/0.nii.gz", out / "masks")
+        assert nibabel.load(mask).shape == (9, 3, 2)
