@@ -214,8 +214,8 @@ class Constant(torch.nn.Module):
 ONE_GRAPH = """
 import torch
 import foveate as fv
-model = fv.create_model("scd_vit_tiny", in_chans=2, num_classes=3, width=16, depth=4, num_heads=2, patch_size=4,
-    pos_grid=4, decoder_width=4, prune_after=(0, 2), keep_ratio=(0.5, 0.25))
+model = fv.create_model("scd_vit_tiny", in_chans=2, num_classes=3, width=16, depth=3, num_heads=2, patch_size=4,
+    pos_grid=4, decoder_width=4, prune_after=(0, 1), keep_ratio=(0.5, 0.25))
 image = torch.randn(2, 64, 64)
 one = fv.patchify(image, fv.adaptive_leaves(image, max_leaves=100, min_size=4), 4)
 patches = fv.pack([one, one])

@@ -93,6 +93,13 @@ def test_volumes_of_background_alone_have_no_recall(tmp_path: Path) -> None:
     assert np.isnan(scores["boundary_recall"])
 
 
+def test_training_in_half_precision(tmp_path: Path) -> None:
+    root = four(tmp_path, (16, 16, 16))
+    result = fit(config_of(root, train={"epochs": 2, "augment": False, "precision": "bf16", "score_target": "head"}))
+    assert np.isfinite(result.loop.last_scores["dice"])
+    assert 0 <= result.loop.last_scores["boundary_recall"] <= 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
