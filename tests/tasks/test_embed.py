@@ -27,6 +27,11 @@ def picture(seed=0, shape=(100, 130)):
     return image
 
 
+class Means(torch.nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     for number in range(3):
@@ -50,11 +55,7 @@ def test_every_slide_gets_a_bag(table: Path) -> None:
     assert bag.boxes[-1].tolist() == [[96, 128], [100, 130]]
     said = bag.provenance
     assert (said["source"], said["image"], said["mpp"]) == ("a", "0.png", [0.5, 0.5])
-    assert (said["settings"]["patch_size"], said["settings"]["encoder"], len(said["settings"]["weights"])) == (
-        32,
-        "cnn",
-        16,
-    )
+    assert (said["encoder"], said["settings"]["patch_size"], len(said["settings"]["weights"])) == ("cnn", 32, 16)
 
 
 def test_features_are_those_of_the_encoder_in_the_order_of_the_grid(table: Path) -> None:
@@ -189,6 +190,14 @@ def test_a_model_embeds_as_it_was_trained(table: Path) -> None:
     assert bag.provenance["settings"]["weights"] == module.digest(model.encoder)
     with pytest.raises(ConfigError, match=r"--weights with the run .*model, which has its own; give the name of an"):
         made(table, encoder=str(table.parent / "model"), weights="w.safetensors")
+
+
+def test_any_module_embeds(table: Path) -> None:
+    written, told = made(table, encoder=Means(), shard="1/3", half=False)
+    bag = FeatureBag(written[0])
+    assert (bag.width, bag.provenance["encoder"], told) == (3, "Means", [])
+    part = picture()[:, :32, :32] / 255
+    assert bag.read(torch.tensor([0]))[0].tolist() == pytest.approx(part.mean((1, 2)).tolist(), abs=1e-5)
 
 
 def test_a_model_of_features_embeds_nothing(table: Path) -> None:

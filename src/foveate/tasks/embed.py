@@ -43,7 +43,7 @@ def embed(
     table: str | Path,
     out: str | Path,
     *,
-    encoder: str = "resnet18",
+    encoder: str | Path | nn.Module = "resnet18",
     weights: str | Path | None = None,
     mpp: Real | None = None,
     patch_size: int | None = None,
@@ -63,7 +63,8 @@ def embed(
         table: CSV with the column ``path`` (relative to the table) and, as needed, ``id`` and ``mpp``.
         out: folder for the bags ``<id>.safetensors``, made where needed. Boxes are in level-0 pixels of the slide.
         encoder: a run folder or saved recognition model, whose encoder and pixel values are taken; or a name as in
-            `create_patch_encoder`.
+            `create_patch_encoder`; or any module from ``[R, 3, P, P]`` float32 in 0 to 1 to ``[R, F]``, such as
+            ``ForeignNet`` (foveate.nn.patch_encoder) around a model of transformers.
         weights: checkpoint for an encoder that is given by name; without it the weights are random, and the same in
             every call.
         mpp: um per pixel that patches are cut at; None: as the run was trained, else as each slide was scanned.
@@ -96,12 +97,11 @@ def embed(
     start, step = _shard(shard)
     given = {"mpp": None if mpp is None else float(mpp), "patch_size": patch_size, "stride": stride}
     tell = warn or _to_stderr
-    net, data = _encoder(
-        str(encoder), weights, tell, {name: value for name, value in given.items() if value is not None}
-    )
+    net, data = _encoder(encoder, weights, tell, {name: value for name, value in given.items() if value is not None})
     data = replace(data, root=str(Path(table).parent), table=Path(table).name, tissue=float(tissue), broken=broken)
     rows = read_table(data, labelled=False)[start::step]
-    job = _Job(net, str(encoder), digest(net), data, Path(out), batch, half, resume, overwrite)
+    name = type(encoder).__name__ if isinstance(encoder, nn.Module) else str(encoder)
+    job = _Job(net, name, digest(net), data, Path(out), batch, half, resume, overwrite)
     goals = [job.goal(row.item) for row in rows]
     try:
         for folder in {Path(out), *(goal.parent for goal in goals)}:
@@ -154,7 +154,6 @@ class _Job:
     def settings(self, item: Item) -> dict[str, Any]:
         """What a bag depends on beside the slide."""
         return {
-            "encoder": self.encoder,
             "weights": self.weights,
             "half": self.half,
             **{name: getattr(self.data, name) for name in _SETTINGS},
@@ -203,6 +202,7 @@ class _Job:
         about = {
             "source": item.name,
             "image": item.image.name,
+            "encoder": self.encoder,
             "settings": self.settings(item),
             "mpp": None if spacing is None else [1000 * size for size in spacing],
             "version": __version__,
@@ -245,8 +245,8 @@ def to_native(source: PatchSource, native: Raster) -> Int64[Tensor, "N 2 2"]:
 
 
 def digest(net: nn.Module) -> str:
-    """A digest of the weights of a network."""
-    found = hashlib.sha256()
+    """A digest of a network: of what it is made, and its weights."""
+    found = hashlib.sha256(str(net).encode())
     for name, value in net.state_dict().items():
         found.update(name.encode())
         found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -254,10 +254,13 @@ def digest(net: nn.Module) -> str:
 
 
 def _encoder(
-    encoder: str, weights: str | Path | None, warn: Callable[[str], Any], given: dict[str, Any]
+    encoder: str | Path | nn.Module, weights: str | Path | None, warn: Callable[[str], Any], given: dict[str, Any]
 ) -> tuple[nn.Module, TableConfig]:
     """The encoder, ready to be used, and how its patches are made."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes: dict[str, Any] = {"patch_size": 224, **given}
+    if isinstance(encoder, nn.Module):
+        return encoder.eval().to(device), TableConfig(**sizes)
     if Path(encoder).is_dir():
         if weights is not None:
             raise ConfigError(f"--weights with the run {encoder}, which has its own; give the name of an encoder")
@@ -267,17 +270,16 @@ def _encoder(
             raise ConfigError(f"{encoder} was trained on features, not on pixels; give a run on patches")
         own = folder / SETTINGS
         data = load_as(RecognitionConfig, own).data if own.is_file() else TableConfig(channels=model.config.in_chans)
-        sizes = {"patch_size": model.config.patch_size, "stride": None, **given}
-        return model.encoder.eval().to(device), replace(data, features=None, **sizes)
-    side = int(given.get("patch_size", 224))
+        trained = {"patch_size": model.config.patch_size, "stride": None, "features": None}
+        return model.encoder.eval().to(device), replace(data, **{**trained, **given})
     with torch.random.fork_rng(devices=[]):  # the caller's generator is not ours to move
         torch.manual_seed(0)
-        net = create_patch_encoder(encoder, 3, patch_size=side)
+        net = create_patch_encoder(str(encoder), 3, patch_size=sizes["patch_size"])
     if weights is not None:
         load_patch_weights(net, weights)
     else:
         warn(f"foveate: {encoder} has random weights, the same in every call; give --weights FILE for trained ones")
-    return net.eval().to(device), TableConfig(**{**given, "patch_size": side})
+    return net.eval().to(device), TableConfig(**sizes)
 
 
 def _shard(text: str) -> tuple[int, int]:
