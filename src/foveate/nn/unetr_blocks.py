@@ -96,7 +96,8 @@ def enlarge(x: Tensor, weight: Tensor) -> Tensor:
 def pool(x: Tensor) -> Tensor:
     """Mean of 3^N places, zeros around counted, at every other place."""
     mean = functional.avg_pool2d if x.ndim == 4 else functional.avg_pool3d
-    return channels_last(mean(x.float(), 3, 2, 1).to(x.dtype))  # in half precision the CPU has no kernel
+    wide = functional.pad(x if x.dtype == torch.float64 else x.float(), (1, 1) * (x.ndim - 2))
+    return channels_last(mean(wide, 3, 2).to(x.dtype))  # in half precision the CPU has no kernel
 
 
 def normalise(x: Tensor, slope: float = _SLOPE) -> Tensor:
