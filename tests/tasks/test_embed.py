@@ -181,6 +181,16 @@ def test_an_id_names_one_slide(table: Path) -> None:
         made(table)
 
 
+@pytest.mark.parametrize("name", ["../a", "/tmp/a", "b/../../a"])
+def test_an_id_stays_below_the_folder(table: Path, name: str) -> None:
+    table.write_text(f"path,id\n0.png,{name}\n")
+    with pytest.raises(
+        ConfigError, match=rf"slides.csv row 1 has the id '{name}', which leaves --out; give a plain one"
+    ):
+        made(table)
+    assert not (table.parent / "bags").exists()
+
+
 def test_a_model_embeds_as_it_was_trained(table: Path) -> None:
     model = create_model("ips_cnn", patch_size=16, width=24)
     model.save_pretrained(table.parent / "model")

@@ -102,6 +102,12 @@ def embed(
     rows = read_table(data, labelled=False)[start::step]
     name = type(encoder).__name__ if isinstance(encoder, nn.Module) else str(encoder)
     job = _Job(net, name, digest(net), data, Path(out), batch, half, resume, overwrite)
+    for row in rows:
+        place = Path(row.item.name)
+        if place.is_absolute() or ".." in place.parts or "\0" in row.item.name:
+            raise ConfigError(
+                f"{table} row {row.number} has the id {row.item.name!r}, which leaves --out; give a plain one"
+            )
     goals = [job.goal(row.item) for row in rows]
     try:
         for folder in {Path(out), *(goal.parent for goal in goals)}:
