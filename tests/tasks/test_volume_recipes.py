@@ -14,6 +14,7 @@ from foveate.io.channels import open_channels
 from foveate.tasks.config import FitConfig, config_to_dict, load_config
 from foveate.tasks.data import SegmentationData
 from foveate.tasks.evaluate import evaluate
+from foveate.tasks.files import siblings
 from foveate.tasks.infer import working_frame
 from foveate.tasks.items import find_items, split_items
 from foveate.tasks.losses import leaf_loss
@@ -152,6 +153,10 @@ def test_the_files_of_nnunet_are_found_by_their_numbers(brats: Path, tmp_path: P
         ("imagesTr/B_000", "B_000.nii.gz"),
         ("imagesTr/B_001", "B_001.nii.gz"),
     ]
+    with pytest.raises(
+        ConfigError, match=r"B_000\.nii\.gz is no file of the modality '0001', after which its name must end"
+    ):
+        siblings(tmp_path / "labelsTr/B_000.nii.gz", ["0001", "0002"])
     (tmp_path / "imagesTr/B_001_0002.nii.gz").unlink()
     with pytest.raises(
         ConfigError, match=r"B_001_0002\.nii\.gz is missing beside B_001_0000\.nii\.gz: every image needs"

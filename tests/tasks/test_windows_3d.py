@@ -12,8 +12,9 @@ from test_volumes import write_ball
 from tiny_run import tiny_config
 from torch import Tensor, nn
 
-from foveate.errors import ConfigError
+from foveate.errors import ConfigError, FormatError
 from foveate.geometry.patches import Patches
+from foveate.io.raster import ArrayRaster
 from foveate.tasks.augment import random_window
 from foveate.tasks.config import FitConfig, load_config
 from foveate.tasks.data import SegmentationData
@@ -21,9 +22,11 @@ from foveate.tasks.evaluate import evaluate
 from foveate.tasks.infer import infer, segment
 from foveate.tasks.items import find_items
 from foveate.tasks.predict import predict
+from foveate.tasks.resize import resized_image, working_shape
 from foveate.tasks.run import read_metrics
 from foveate.tasks.segmentation import fit
-from foveate.tasks.settings import PredictConfig
+from foveate.tasks.settings import PredictConfig, TreeConfig
+from foveate.tasks.source import check_large, slide_patches
 from foveate.tasks.windows import blend_weight, window_boxes
 
 
@@ -154,3 +157,29 @@ def test_windows_are_checked_at_the_door() -> None:
         PredictConfig(0)
     with pytest.raises(ConfigError, match=r"predict\.overlap=1\.0 is outside 0 up to below 1: give a share"):
         PredictConfig(96, 1.0)
+
+
+def test_what_needs_the_whole_image_is_refused_of_one_read_by_box() -> None:
+    slide = ArrayRaster(np.zeros((3, 64, 64), np.uint8))
+    with pytest.raises(
+        ConfigError, match=r"predict\.window=16 slides over images that are held, and this one is read by"
+    ):
+        slide_patches(slide, _uniform(16), 4)
+    changes = [{"resample": (1.0, 1.0, 1.0)}, {"normalise": "zscore"}]
+    named = [
+        r"data\.resample needs images .* unset it; data\.mpp",
+        r"data\.normalise='zscore' needs .*; 'image' scales",
+    ]
+    for change, message in zip(changes, named, strict=True):
+        with pytest.raises(ConfigError, match=message):
+            check_large(TreeConfig(), replace(_uniform(None).data, **change))
+
+
+def test_resampling_needs_the_size_of_a_voxel() -> None:
+    data = replace(_uniform(None).data, resample=(2.0, 1.0, 1.0))
+    assert working_shape((10, 20, 30), replace(data, spacing=(4.0, 1.0, 0.5))) == (20, 20, 15)
+    assert resized_image(np.ones((2, 10, 20, 30), np.int16), (20, 20, 15)).shape == (2, 20, 20, 15)
+    with pytest.raises(
+        FormatError, match=r"an image of 10 x 20 x 30 has no size of a voxel along three axes, which data\."
+    ):
+        working_shape((10, 20, 30), data)
