@@ -58,7 +58,8 @@ class TokenScorer(nn.Module):
         own_TF, shared_TF = functional.gelu(self.embed(self.norm(x_TD))).chunk(2, dim=1)
         means = [part.mean(0, keepdim=True).expand(len(part), -1) for part in shared_TF.split(list(packing.lengths))]
         score = torch.cat([own_TF, torch.cat(means)], dim=1)
-        with torch.autocast(score.device.type, enabled=False):  # equal numbers of half precision have no order
+        device = "cpu" if score.is_meta else score.device.type  # a rehearsal without memory knows no autocast
+        with torch.autocast(device, enabled=False):  # equal numbers of half precision have no order
             score = score.to(self.embed.weight.dtype)
             for index, layer in enumerate(self.head):
                 score = layer(functional.gelu(score) if index or not self.published else score)
