@@ -517,8 +517,12 @@ def test_prefix_tokens_can_be_told(timm: ModuleType) -> None:
     model(images)
     model.sparsifier.remove()
     model = fv.sparsify(model, (0, 2), num_prefix=65)
-    with pytest.raises(ShapeError, match="65 tokens, 65 of them prefix tokens, leave none to prune; lower num_prefix"):
+    with pytest.raises(
+        ShapeError, match="2 images of 65 tokens, 65 of them prefix tokens, leave none to prune; give im"
+    ):
         model(images)
+    with pytest.raises(ShapeError, match="0 images of 65 tokens"):
+        model(images[:0])
 
 
 def test_a_path_chooses_among_stacks() -> None:

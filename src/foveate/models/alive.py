@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from foveate.errors import ConfigError, ShapeError
-from foveate.nn.pruner import AS_TRAINED, Pruning
+from foveate.nn.pruner import Pruning
 
 PADDING = ("src_key_padding_mask", "key_padding_mask")
 ROTARY = ("rope", "position_embeddings")
@@ -51,7 +51,7 @@ class Run:
         alive: tokens before the first prune point, then behind each.
         gone: tokens that left at each prune point.
         noise: state of the generator of the noise at each.
-        pruning: how it prunes, for its recomputation.
+        pruning: how it prunes, for its recomputation; None: it will not be computed again.
         inputs: where the inputs of the blocks lie in memory; recomputation finds its pass by them.
     """
 
@@ -60,7 +60,7 @@ class Run:
     alive: list[Alive] = field(default_factory=list)
     gone: list[Tensor] = field(default_factory=list)
     noise: list[Tensor] = field(default_factory=list)
-    pruning: Pruning = AS_TRAINED
+    pruning: Pruning | None = None
     inputs: set[int] = field(default_factory=set)
 
     def rows(self, tokens: Tensor) -> Tensor:
@@ -94,12 +94,15 @@ def start(x_BSD: Tensor, num_prefix: int, kwargs: Mapping[str, Any]) -> Run:
         kwargs: named arguments of the first block, a mask of padding perhaps among them.
 
     Raises:
-        ShapeError: there are prefix tokens only.
+        ShapeError: there are no images, or prefix tokens only.
     """
     num_images, length, _ = x_BSD.shape
     run, number = Run(length, num_prefix), length - num_prefix
-    if number < 1:
-        raise ShapeError(f"{length} tokens, {num_prefix} of them prefix tokens, leave none to prune; lower num_prefix")
+    if number < 1 or num_images < 1:
+        raise ShapeError(
+            f"{num_images} images of {length} tokens, {num_prefix} of them prefix tokens, leave none to prune; give "
+            "images, and as num_prefix what the model has"
+        )
     masks = [kwargs[name] for name in PADDING if kwargs.get(name) is not None]
     if not masks:
         run.go_on(torch.arange(num_images * number, device=x_BSD.device), (number,) * num_images)

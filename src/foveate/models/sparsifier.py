@@ -172,7 +172,7 @@ class Sparsifier(nn.Module):
                 f"block {index} got {length} tokens where block 0 got {run.length}; "
                 "pruning needs a model that keeps the number of its tokens"
             )
-        if eager and not again:
+        if eager and not again and self._runs and self._runs[-1] is run:
             run.inputs.add(x.data_ptr())
         return run, again
 
@@ -190,7 +190,8 @@ class Sparsifier(nn.Module):
         return found
 
     def _prune(self, y_BSD: Tensor, stage: int, run: Run, again: bool) -> Tensor:
-        y_SD, alive, pruning = y_BSD.flatten(0, 1), run.alive[stage], run.pruning if again else self.pruning
+        y_SD, alive = y_BSD.flatten(0, 1), run.alive[stage]
+        pruning = run.pruning if again and run.pruning is not None else self.pruning
         if pruning.noise is not None and again:
             noise = torch.Generator(pruning.noise.device).set_state(run.noise[stage])
             pruning = replace(pruning, noise=noise)
