@@ -2,7 +2,7 @@
 
 import csv
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -55,13 +55,12 @@ def organs(train: int = 96, other: int = 16) -> VolumeSet:
 
 @cache
 def marked(train: int = 256, other: int = 32) -> VolumeSet:
-    """One of two equal balls, named by a mark in a corner, 48^3; seeds as in `organs`."""
-    draw = partial(marked_volume, num_balls=2)
+    """Equal balls of the class that a mark in a corner names, 48^3; seeds as in `organs`."""
     parts = [
-        tuple(drawn(draw, seed) for seed in range(start, start + number))
+        tuple(drawn(marked_volume, seed) for seed in range(start, start + number))
         for start, number in ((0, train), (1000, other), (2000, other))
     ]
-    return VolumeSet("marked", 2, *parts)
+    return VolumeSet("marked", 3, *parts)
 
 
 def drawn(draw: object, seed: int) -> Volume:

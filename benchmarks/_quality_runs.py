@@ -46,7 +46,7 @@ PRUNE_AFTER = (0, 2)
 UNIFORM_LEFT, ADAPTIVE_LEFT = (0.5, 0.25), (0.75, 0.5)
 MERGED_LEFT = tuple(max(0.25, 0.5 ** ((block + 1) / 2)) for block in range(6))
 """ToMe cannot merge more than half of the tokens at once: evenly, to the same quarter behind the fourth block."""
-MAX_LEAVES = {"organs": 576, "marked": 432, "hippocampus": 384}
+MAX_LEAVES = {"organs": 576, "marked": 144, "hippocampus": 384}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Seeded volumes with many organs, and one whose label hangs on a mark far away, both with exact labels.
+"""Seeded volumes with many organs, and some whose labels hang on a mark far away, both with exact labels.
 
 Organs differ in size, shape, texture and contrast; some pairs look alike and differ in place alone, so that a model has
 to know where it is and what lies around. As in `foveate.testing.images`, only numpy's PCG64 and operations that
@@ -63,6 +63,7 @@ ORGANS = (
 """The organs of `organ_volume`; the i-th has label i + 1, and a later one lies over an earlier one."""
 
 FAT, MUSCLE, BOWEL = 52.0, 100.0, (72.0, 140.0)
+MARK = (235.0, 10.0)
 
 
 def organ_volume(seed: int, side: int = 64, *, noise: Real = 14.0, bias: Real = 0.3) -> Volume:
@@ -103,21 +104,21 @@ def organ_volume(seed: int, side: int = 64, *, noise: Real = 14.0, bias: Real = 
     return _expose(rng, volume, noise, bias), labels
 
 
-def marked_volume(seed: int, side: int = 48, *, num_balls: int = 8, noise: Real = 14.0, bias: Real = 0.1) -> Volume:
-    """Draw identical balls, of which a mark in a far corner says which one is labelled.
+def marked_volume(seed: int, side: int = 48, *, num_balls: int = 4, noise: Real = 14.0, bias: Real = 0.1) -> Volume:
+    """Draw equal balls whose class a mark in a far corner names.
 
-    The mark is a cube of a sixth of the side at the origin, a map of the volume: bright in that part of it in which the
-    ball with label 1 lies. All other balls are background, so that no neighbourhood of a ball tells its class.
+    The mark is a cube of a sixth of the side at the origin. Where it is bright, every ball has label 1, where it is
+    dark, label 2; nothing at or around a ball tells its class.
 
     Args:
         seed: any integer >= 0; equal seeds give equal volumes on every machine.
         side: voxels along each axis, at least 32.
-        num_balls: 2 (above and below), 4 or 8 (one in each octant).
+        num_balls: 1 to 8, each in an octant of its own.
         noise: half-width of the sensor noise, of triangular shape, in grey values of 255.
         bias: how far uneven light goes to either side of 1, in [0, 1).
 
     Returns:
-        The volume with one channel, and the labels 0 and 1.
+        The volume with one channel, and the labels 0, 1 and 2.
 
     Raises:
         ShapeError: a side below 32.
@@ -126,23 +127,20 @@ def marked_volume(seed: int, side: int = 48, *, num_balls: int = 8, noise: Real 
     Cost: about 0.02 s for 48^3.
     """
     _check(side, noise, bias)
-    if num_balls not in (2, 4, 8):
-        raise BudgetError(f"num_balls={num_balls} must be 2, 4 or 8: one in each half, quarter or octant")
+    if not 1 <= num_balls <= 8:
+        raise BudgetError(f"num_balls={num_balls} must be 1 to 8, one in each octant; 4 are usual")
     rng = np.random.Generator(np.random.PCG64(seed))
-    shape, halves = (side,) * 3, (2,) * (num_balls.bit_length() - 1)
-    chosen, step = int(rng.integers(0, num_balls)), side // 12
+    shape, label = (side,) * 3, int(rng.integers(1, 3))
     places = _grid(side)
     volume: Array = 60 + 20 * lerp_field(rng, shape, 6.0)
-    labels, mark = np.zeros(shape, np.uint8), np.full((2 * step,) * 3, 20, np.float32)
-    for index, corner in enumerate(np.ndindex(halves)):
-        centre = np.zeros(3)
-        centre[: len(corner)] = 0.92 * (np.array(corner) - 0.5)
-        distance = _radius(places, _triple(centre + 0.06 + rng.integers(-100, 101, 3) / 1000.0), (0.2, 0.2, 0.2), 0.0)
+    labels = np.zeros(shape, np.uint8)
+    for octant in rng.permutation(8)[:num_balls].tolist():
+        middle = 0.92 * (np.array(np.unravel_index(octant, (2, 2, 2))) - 0.5) + 0.06
+        distance = _radius(places, _triple(middle + rng.integers(-100, 101, 3) / 1000.0), (0.2, 0.2, 0.2), 0.0)
         _fill(volume, distance < 1, np.float32(150) + 20 * lerp_field(rng, shape, 12.0))
-        if index == chosen:
-            labels[distance < 1] = 1
-            mark[tuple(slice(step * half, step * (half + 1)) for half in corner)] = 240
-    volume[: 2 * step, : 2 * step, : 2 * step] = mark
+        labels[distance < 1] = label
+    mark = (slice(0, side // 6),) * 3
+    volume[mark] = MARK[label - 1]
     return _expose(rng, volume, noise, bias), labels
 
 
