@@ -15,8 +15,8 @@ from foveate.models import create_config
 
 TINY = {"width": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "pos_grid": 4, "decoder_width": 4}
 NAMES = ["apf_vit_tiny", "apf_vit_tiny_linear", "apf_vit_tiny_3d", "apf_vit_tiny_3d_linear"]
-PRUNING = ["scd_vit_tiny", "scd_vit_tiny_3d"]
-POINTS = {"depth": 3, "prune_after": (0, 1), "keep_ratio": (0.5, 0.25)}
+PRUNING = ["scd_vit_tiny", "scd_vit_tiny_3d", "scd_unetr_small_3d_p8"]
+POINTS = {"depth": 3, "prune_after": (0, 1), "keep_ratio": (0.5, 0.25), "out_blocks": None}
 
 
 def tiny(name: str, **changes: object) -> fv.SegmentationModel:

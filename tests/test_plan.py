@@ -31,11 +31,13 @@ def small(name: str, **changes: object) -> object:
     return create_config(name, **{**settings, **changes})
 
 
-def run_for_real(config: object, num_leaves: int, batch_size: int, *, training: bool) -> Ledger:
-    """The measured counterpart: the same batch on the CPU, with real numbers in it."""
+def run_for_real(
+    config: object, num_leaves: int, batch_size: int, *, training: bool, shape: tuple[int, ...] | None = None
+) -> Ledger:
+    """The measured counterpart: the same batch on the CPU, with real numbers in it; leaves in a row or in a shape."""
     model = build_model(config).train(training)
     sides = (config.patch_size,) * config.num_dims
-    leaves = uniform_leaves((*sides[:-1], sides[0] * num_leaves), config.patch_size)
+    leaves = uniform_leaves(shape or (*sides[:-1], sides[0] * num_leaves), config.patch_size)
     pixels = torch.rand(num_leaves * batch_size, config.in_chans, *sides)
     patches = Patches(pixels, (leaves,) * batch_size)
     ledger = Ledger([*model.parameters(), *model.buffers(), pixels])
@@ -63,6 +65,18 @@ def test_law_the_plan_is_true_where_tokens_are_pruned(name: str, training: bool)
     config = small(name, depth=4, out_blocks=(0, 3), prune_after=(0, 2), keep_ratio=(0.5, 0.25))
     projected = plan(config, 100, 2, training=training).activation_bytes
     measured = run_for_real(config, 100, 2, training=training).peak
+    assert measured <= projected <= 1.25 * measured
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+def test_law_the_plan_is_true_of_unetr(exact: bool, training: bool) -> None:
+    points = {"depth": 4, "prune_after": (0, 2), "out_blocks": (0, 3)} | (
+        {"keep_ratio": 0.5} if exact else {"keep_ratio": (0.5, 0.25)}
+    )
+    config = small("scd_unetr_small_3d_p8", exact=exact, **points)
+    projected = plan(config, 64, 2, training=training).activation_bytes
+    measured = run_for_real(config, 64, 2, training=training, shape=(32, 32, 32)).peak
     assert measured <= projected <= 1.25 * measured
 
 
