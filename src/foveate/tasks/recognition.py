@@ -5,6 +5,7 @@ Legend: B bags, T chosen patches of a batch, K outputs of a task.
 
 import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -77,10 +78,13 @@ class RecognitionTask:
     def batches(self, epoch: int, plan: Sequence[Sequence[int]], device: torch.device) -> Iterator[BagBatch]:
         """Choose the patches of every batch with the weights as they are when the batch is asked for."""
         keep = self.config.select.schedule(self.config.train.epochs).at(epoch)
-        stream = self._stream("train", [item for batch in plan for item in batch])
+        return self._chosen("train", plan, keep, epoch)
+
+    def _chosen(self, kind: str, plan: Sequence[Sequence[int]], keep: int, epoch: int | None) -> Iterator[BagBatch]:
+        stream = self._stream(kind, [item for batch in plan for item in batch])
         for batch in plan:
-            bags: Iterable[Any] = islice(stream, len(batch))
-            yield self._batch("train", batch, bags, keep, epoch)
+            yield self._batch(kind, batch, islice(stream, len(batch)), keep, epoch)
+        deque(stream, maxlen=0)  # a loader's processes end when it is asked once more
 
     def _stream(self, kind: str, order: Sequence[int]) -> Iterator[PatchSource | Exception]:
         """Bags in an order, prepared in this process or in ``train.num_workers`` others."""
@@ -171,9 +175,8 @@ class RecognitionTask:
         if not rows:
             return {}
         losses, said, index = [], list[dict[str, Tensor]](), list[int]()
-        stream = self._stream("val", range(len(rows)))
-        for item in range(len(rows)):
-            batch = self._batch("val", [item], islice(stream, 1), self.config.select.keep, None)
+        plan = [[item] for item in range(len(rows))]
+        for item, batch in enumerate(self._chosen("val", plan, self.config.select.keep, None)):
             if batch.chosen is None:
                 continue
             logits = {name: value.float().cpu() for name, value in model(batch.chosen).items()}
@@ -278,9 +281,12 @@ def build_model(config: RecognitionConfig, train: Sequence[Row]) -> RecognitionM
     Raises:
         ConfigError: the model is not one for what the table holds.
     """
-    from foveate.models import create_model
+    from foveate.models import create_model, list_models
 
     data, select = config.data, config.select
+    known = list_models("ips*")
+    if config.model.name not in known:
+        raise ConfigError(f"model.name={config.model.name!r} is no recognition model: give one of {', '.join(known)}")
     features = data.features is not None
     given: dict[str, Any] = {
         "tasks": task_specs(data.tasks),
@@ -291,8 +297,7 @@ def build_model(config: RecognitionConfig, train: Sequence[Row]) -> RecognitionM
     }
     width = _stored_width(train, config) if features else data.channels
     model: object = create_model(config.model.name, in_chans=width, weights=config.model.weights, **given)
-    if not isinstance(model, RecognitionModel):
-        raise ConfigError(f"model.name={config.model.name!r} is no recognition model: give one of list_models('ips*')")
+    assert isinstance(model, RecognitionModel)
     if (model.config.encoder == "features") != features:
         what, remedy = ("features", "model.name=ips_features") if features else ("pixels", "a model of pixels")
         raise ConfigError(f"model.name={config.model.name!r} but the run is about {what}: give {remedy}")
