@@ -170,7 +170,7 @@ def test_blank_patches_are_encoded_once() -> None:
     pixels[7::100] = 0.25
     counting = Counting(cnn())
     selection = PatchSelector(counting, scorer(), 16).select(pixels, 128)
-    assert counting.seen == 64  # 60 patches and two constants, in one block
+    assert counting.seen == 64  # 60 patches and two constants, in two blocks
     with torch.no_grad():
         expected = scorer().logits(cnn().eval()(pixels))
     torch.testing.assert_close(selection.logits, expected)

@@ -29,9 +29,10 @@ class Basic(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve, and add what came in."""
-        out = functional.relu(self.bn1(self.conv1(x)))
+        out = functional.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
-        return functional.relu(out + (x if self.downsample is None else self.downsample(x)))
+        out += x if self.downsample is None else self.downsample(x)
+        return functional.relu(out, inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -51,10 +52,11 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve, and add what came in."""
-        out = functional.relu(self.bn1(self.conv1(x)))
-        out = functional.relu(self.bn2(self.conv2(out)))
+        out = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = functional.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
-        return functional.relu(out + (x if self.downsample is None else self.downsample(x)))
+        out += x if self.downsample is None else self.downsample(x)
+        return functional.relu(out, inplace=True)
 
 
 class ResNet(nn.Module):
@@ -93,7 +95,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "R C P P"]) -> Float[Tensor, "R F"]:
         """Features of every patch."""
-        x = functional.relu(self.bn1(self.conv1(x)))
+        x = functional.relu(self.bn1(self.conv1(x)), inplace=True)
         x = functional.max_pool2d(x, 3, 2, 1)
         for stage in range(self.stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)

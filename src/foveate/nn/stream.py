@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from foveate.geometry.patch_source import PatchSource, constant_of
 
 Encode = Callable[[Tensor], Tensor]
-_PIXEL_ROWS, _FEATURE_ROWS = 64, 1024
+_PIXEL_ROWS, _FEATURE_ROWS = 32, 1024
 _MOST_CONSTANTS = 4096
 
 
@@ -156,7 +157,7 @@ class _Pending:
             self._queue(torch.cat([at[:1], same]), pixels[:1])
             plain[0] = False
         if bool(plain.any()):
-            self._pixels.append(pixels[plain.to(pixels.device)])
+            self._pixels.append(pixels if bool(plain.all()) else pixels[plain.to(pixels.device)])
             rows = len(self._pixels[-1])
             self._index.append(at[plain])
             self._row.append(torch.arange(self._num, self._num + rows))
@@ -172,10 +173,11 @@ class _Pending:
     def _add_constants(self, at: Tensor, pixels: Tensor, same: Tensor) -> None:
         if not len(at):
             return
-        values, which = pixels.flatten(2)[..., 0].unique(dim=0, return_inverse=True)
-        which = which.cpu()
-        for place, value in enumerate(values.cpu()):
-            key, mine = value.numpy().tobytes(), at[which == place]
+        rows = np.ascontiguousarray(pixels.flatten(2)[..., 0].cpu().numpy())
+        values, inverse = np.unique(rows.view(np.dtype((np.void, rows[0].nbytes)))[:, 0], return_inverse=True)
+        which = torch.from_numpy(inverse)
+        for place, value in enumerate(values):
+            key, mine = value.tobytes(), at[which == place]
             if len(same) and place == int(which[0]):
                 mine = torch.cat([mine, same])
             if key in self._known:
