@@ -1,6 +1,6 @@
 """Pruned segmentation of volumes at equal training time: against dense, MONAI's UNETR, merging and other pruning.
 
-    python benchmarks/scd_quality.py [--msd DIR] [--seconds 60] [--runs DIR] [--report] [--quick] [--out DIR]
+    python benchmarks/scd_quality.py [--msd DIR] [--seconds 60] [--runs DIR] [--only PART] [--report] [--quick]
 
 Every run is kept as a JSON file below ``--runs``, so that the benchmark can be continued and its table made again;
 ``--report`` makes the table of the runs that are there. The hippocampus set of the Medical Segmentation Decathlon is
@@ -9,6 +9,7 @@ read from ``--msd`` or the variable FOVEATE_MSD (images/, labels/, split.csv), a
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -141,7 +142,8 @@ def main(quick: bool, out: Path, msd: Path | None, seconds: float, runs: Path, o
     sets = {"organs": organs(4, 2), "marked": marked(4, 2)} if quick else {"organs": organs(), "marked": marked()}
     if msd is not None:
         sets["hippocampus"] = hippocampus(msd)
-    seconds, runs = (1.0, runs / "quick") if quick else (seconds, runs)
+    if quick:
+        seconds, runs = 1.0, Path(tempfile.mkdtemp(prefix="foveate-scd-quality-"))
     runs.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
     for name, title, job in jobs(sets, seconds, 1 if quick else 3):
