@@ -16,7 +16,7 @@ from foveate.tasks.bags import held, open_bag
 from foveate.tasks.config import load_as, load_config
 from foveate.tasks.items import Item
 from foveate.tasks.loop import Interrupted, Loop
-from foveate.tasks.recognition import build_task, fit
+from foveate.tasks.recognition import build_model, build_task, fit
 from foveate.tasks.recognition_settings import RecognitionConfig
 from foveate.tasks.run import read_metrics
 
@@ -198,3 +198,13 @@ def test_frozen_blocks_stay(crosses: Path, tmp_path: Path) -> None:
     changed = {name for name, value in weights(tmp_path / "run").items() if not torch.equal(value, before[name])}
     assert not any(name.startswith(("encoder.net.blocks.0.", "encoder.net.blocks.1.")) for name in changed)
     assert any(name.startswith("encoder.net.blocks.2.") for name in changed)
+
+
+@pytest.mark.parametrize(("name", "num_tasks"), [("megapixel-mnist", 4), ("slide-labels", 1)])
+def test_examples_are_complete(name: str, num_tasks: int) -> None:
+    config = load_as(RecognitionConfig, Path(__file__).parents[2] / f"examples/{name}.yaml")
+    assert len(config.data.tasks) == num_tasks
+    tasks = {key: replace(spec, values=["a", "b"]) for key, spec in config.data.tasks.items()}
+    model = build_model(replace(config, data=replace(config.data, tasks=tasks)), [])
+    assert model.config.keep == config.select.keep
+    assert model.config.patch_size == config.data.patch_size

@@ -30,7 +30,7 @@ from foveate.tasks.targets import NONE, SEPARATOR
 class Recognised:
     """What a model says of one image, and what it looked at."""
 
-    said: dict[str, Float[np.ndarray, " K"]]  # probabilities, or the number
+    said: dict[str, Float[np.ndarray, " _"]]  # probabilities, or the number
     share: Float[Tensor, "N Q"]  # of the attention over all patches, for every task
     index: Int64[Tensor, " K"]  # chosen patches, ascending
     patches: Shaped[Tensor, "K *rest"]

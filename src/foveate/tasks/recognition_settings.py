@@ -21,6 +21,7 @@ _ELSEWHERE = {
     **{name: f"select.{name}" for name in ("keep", "chunk", "rule", "rank", "attend", "precision")},
     "workers": "train.num_workers",
 }
+_START = 128
 _UNUSED = ("class_weights", "dice_weight", "score_weight", "keep_ratio", "prune_noise")
 
 
@@ -185,15 +186,15 @@ class SelectConfig:
     precision: str = "fp32"
     """In which patches are looked at: ``fp32``, ``folded`` (a fast copy of the encoder) or ``bf16``."""
     keep_start: int | None = None
-    """``keep`` in the first epoch, from which it falls to ``keep``; ``null``: 8 times ``keep``; equal to ``keep``: no
-    fall."""
+    """``keep`` in the first epoch, from which it falls, and which sets the memory; ``null``: 8 times ``keep``, but at most
+    128 or ``keep`` itself; equal to ``keep``: no fall."""
     anneal: float = 0.6
     """Share of the epochs over which it falls."""
 
     @property
     def start(self) -> int:
         """``keep`` in the first epoch."""
-        return 8 * self.keep if self.keep_start is None else self.keep_start
+        return max(self.keep, min(8 * self.keep, _START)) if self.keep_start is None else self.keep_start
 
     def schedule(self, epochs: int | None) -> KeepSchedule:
         """Patches kept in every epoch of a run."""
