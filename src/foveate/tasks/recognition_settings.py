@@ -186,8 +186,8 @@ class SelectConfig:
     precision: str = "fp32"
     """In which patches are looked at: ``fp32``, ``folded`` (a fast copy of the encoder) or ``bf16``."""
     keep_start: int | None = None
-    """``keep`` in the first epoch, from which it falls, and which sets the memory; ``null``: 8 times ``keep``, but at most
-    128 or ``keep`` itself; equal to ``keep``: no fall."""
+    """``keep`` in the first epoch, from which it falls, and which sets the memory; ``null``: 8 times ``keep``, but at
+    most 128 or ``keep`` itself; equal to ``keep``: no fall."""
     anneal: float = 0.6
     """Share of the epochs over which it falls."""
 
