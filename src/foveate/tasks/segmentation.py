@@ -11,16 +11,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from foveate.errors import ConfigError
 from foveate.nn.pruner import Scores
-from foveate.tasks.checkpoint import find_checkpoint
 from foveate.tasks.config import FitConfig, save_config
 from foveate.tasks.data import Batch, Sample, SegmentationData, collate
+from foveate.tasks.fit import run_task
 from foveate.tasks.items import find_items, split_items
-from foveate.tasks.loop import Loop, LoopResult, on_cpu
+from foveate.tasks.loop import LoopResult
 from foveate.tasks.losses import leaf_loss
 from foveate.tasks.metrics import PixelMetrics, mean_known
 from foveate.tasks.predict import SETTINGS
 from foveate.tasks.pruning import class_shares, draw_pruning, prunes, score_loss, token_worth
-from foveate.tasks.run import CHECKPOINTS, open_run
 from foveate.tasks.score_targets import NAME as TEACHER
 from foveate.tasks.score_targets import Teacher, apart, load_teacher, loss_worth, save_teacher
 from foveate.tasks.scoring import score_item
@@ -243,14 +242,7 @@ def fit(config: FitConfig, *, resume: bool = False, overwrite: bool = False) -> 
         ConfigError: The settings, the data or the run folder do not fit.
         Interrupted: Ctrl-C or SIGTERM; everything is saved and the message says how to continue.
     """
-    from accelerate import PartialState
-
-    task = build_task(config)
-    state = PartialState(cpu=on_cpu())
-    with state.main_process_first():
-        folder = open_run(config, resume=resume, overwrite=overwrite, active=state.is_main_process)
-    there = find_checkpoint(folder / CHECKPOINTS / "last") is not None if resume else False
-    return FitResult(folder, Loop(task, config.train, folder, resume=there).run())
+    return FitResult(*run_task(build_task(config), config, resume=resume, overwrite=overwrite))
 
 
 class _Guarded(Dataset[Any]):
