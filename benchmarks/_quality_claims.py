@@ -57,7 +57,7 @@ UNDER_TEST = (
     "untaught",
     "untaught-softmax",
 )
-BLIND = ("dense", "untaught", "random", "identity")
+BLIND = ("dense", "untaught", "random", "no-class-token", "later", "identity")
 
 
 def by_seed(runs: Runs, side: str) -> dict[int, dict[str, Any]]:
