@@ -96,6 +96,22 @@ def test_resume_is_bit_exact(crosses: Path, tmp_path: Path, monkeypatch: pytest.
     assert same(tmp_path / "straight", tmp_path / "halted")
 
 
+def test_a_warm_start_says_what_it_did_not_look_at(crosses: Path, tmp_path: Path) -> None:
+    config = tiny_labels(crosses, tmp_path / "run", select={"keep": 1, "keep_start": 1, "chunk": 5, "warm_start": 3})
+    task = build_task(config)
+    assert task.warm is not None
+    task.warm.contenders = 2.0
+    device = torch.device("cpu")
+    for epoch in range(3):
+        assert all(batch.chosen is not None for batch in task.batches(epoch, [[0, 1], [2]], device))
+    assert [one.looked < 1 for one in task.coverage] == [False] * 3 + [True] * 6
+    with torch.no_grad():
+        values = task.validate(task.model.eval())
+    assert 0.3 < values["looked"] < 1
+    assert 0 < values["missed"] <= 1
+    assert not task.coverage
+
+
 def test_an_unreadable_image_is_skipped_and_reported(
     crosses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

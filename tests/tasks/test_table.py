@@ -144,6 +144,7 @@ def test_bad_labels(tmp_path: Path, spec: dict[str, Any], labels: str, message: 
         ({"data": {"split": {"folds": 4, "fold": 4}}}, "data.split.fold=4 of 4 folds: give 0 to 3"),
         ({"data": {"split": {"stratify": "b"}}}, "data.split.stratify='b' is no task"),
         ({"select": {"keep": 0}}, "select.keep=0 is below 1"),
+        ({"select": {"warm_start": 3, "attend": "all"}}, "select.warm_start=3 needs rule=exact and attend=kept"),
         ({"select": {"keep_start": 3}}, "select.keep_start=3 is below keep=64"),
         ({"select": {"rule": "buffered", "rank": "best"}}, "the published rule 'buffered' ranks by the mean"),
         ({"train": {"epochs": None, "minutes": 1.0}}, "select.keep_start needs train.epochs"),

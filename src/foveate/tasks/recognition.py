@@ -22,6 +22,8 @@ from foveate.geometry.patch_source import PatchSource
 from foveate.models.recognition import Chosen, RecognitionModel
 from foveate.nn.heads import TaskSpec
 from foveate.nn.patch_encoder import freeze
+from foveate.nn.selection import Coverage
+from foveate.nn.warm_start import WarmStart
 from foveate.tasks.bags import Bags, open_bag
 from foveate.tasks.class_metrics import main_score, score_task
 from foveate.tasks.config import save_config
@@ -74,6 +76,9 @@ class RecognitionTask:
         self.class_weights = class_weights(config.data.tasks, self.targets["train"])
         self.num_items = len(self.rows["train"])
         self.skipped: dict[str, str] = {}
+        every = config.select.warm_start
+        self.warm = WarmStart(every=every) if every > 1 else None
+        self.coverage: list[Coverage] = []  # of the selections since the last validation
 
     def batches(self, epoch: int, plan: Sequence[Sequence[int]], device: torch.device) -> Iterator[BagBatch]:
         """Choose the patches of every batch with the weights as they are when the batch is asked for."""
@@ -111,13 +116,20 @@ class RecognitionTask:
             try:
                 if isinstance(bag, Exception):
                     raise bag
-                chosen.append(self._varied(self.network.choose([bag], keep), row, epoch))
+                chosen.append(self._varied(self._choose(kind, row, bag, keep), row, epoch))
                 seen.append(item)
             except UNREADABLE as error:
                 self._skip(kind, row, error)
         index = torch.tensor(seen, dtype=torch.int64)
         targets = {name: target[index] for name, target in self.targets[kind].items()}
         return BagBatch(join(chosen), targets, tuple(self.rows[kind][item].item.name for item in seen))
+
+    def _choose(self, kind: str, row: Row, bag: PatchSource, keep: int) -> Chosen:
+        if self.warm is None or kind != "train":
+            return self.network.choose([bag], keep)
+        chosen = self.network.choose([bag], keep, warm=self.warm, names=[row.item.name])
+        self.coverage += [one.coverage for one in chosen.selections if one.coverage is not None]
+        return chosen
 
     def _varied(self, chosen: Chosen, row: Row, epoch: int | None) -> Chosen:
         """Turn and flip every chosen patch by itself, by (seed, epoch, image) alone."""
@@ -189,6 +201,10 @@ class RecognitionTask:
             truth = self.targets["val"][name][index].numpy()
             scores[name] = score_task(spec.kind, torch.cat([one[name] for one in said]).numpy(), truth, resamples=0)
             values |= {f"{name}_{measure}": found["mean"] for measure, found in scores[name].items()}
+        if self.coverage:
+            for name in ("looked", "missed"):
+                values[name] = sum(getattr(one, name) for one in self.coverage) / len(self.coverage)
+            self.coverage = []
         return {"score": main_score({name: spec.kind for name, spec in self.specs.items()}, scores), **values}
 
     def save(self, folder: Path) -> None:

@@ -191,6 +191,11 @@ class SelectConfig:
     anneal: float = 0.6
     """Share of the epochs over which it falls."""
 
+    warm_start: int = 1
+    """A look at all patches of an image each so many epochs; in between at the contenders of the last look and at a
+    rotating sample, and every validation says what may have been missed. 1: always all, exactly. Above 1 a run that was
+    resumed begins with a look at all, so it is not the same to the bit."""
+
     @property
     def start(self) -> int:
         """``keep`` in the first epoch."""
@@ -205,10 +210,14 @@ class SelectConfig:
         among("select.rank", self.rank, RANKS)
         among("select.attend", self.attend, ("kept", "all"))
         among("select.precision", self.precision, ("fp32", "folded", "bf16"))
-        for name in ("keep", "chunk"):
+        for name in ("keep", "chunk", "warm_start"):
             count = getattr(self, name)
-            require(count >= 1, f"select.{name}={count} is below 1: give 1 or more patches")
+            require(count >= 1, f"select.{name}={count} is below 1: give 1 or more")
         require(self.start >= self.keep, f"select.keep_start={self.start} is below keep={self.keep}: give keep or more")
+        require(
+            self.warm_start == 1 or (self.rule, self.attend) == ("exact", "kept"),
+            f"select.warm_start={self.warm_start} needs rule=exact and attend=kept: set them, or warm_start to 1",
+        )
         require(0 <= self.anneal <= 1, f"select.anneal={self.anneal} is outside 0 to 1: give a share of the epochs")
         require(
             self.rule == "exact" or self.rank == "mean",
