@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_labels import tiny_labels, write_cross, write_crosses
 
+from foveate.cli import main
 from foveate.errors import ConfigError, FormatError
 from foveate.io.bags import write_bag
 from foveate.tasks.bags import held, open_bag
-from foveate.tasks.config import load_as, load_config
+from foveate.tasks.config import load_as, load_config, save_config
 from foveate.tasks.items import Item
 from foveate.tasks.loop import Interrupted, Loop
 from foveate.tasks.recognition import build_model, build_task, fit
@@ -224,3 +225,16 @@ def test_examples_are_complete(name: str, num_tasks: int) -> None:
     model = build_model(replace(config, data=replace(config.data, tasks=tasks)), [])
     assert model.config.keep == config.select.keep
     assert model.config.patch_size == config.data.patch_size
+
+
+def test_plan_says_what_there_is(crosses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_config(tiny_labels(crosses, tmp_path / "run"), tmp_path / "run.yaml")
+    assert main(["plan", "--data", str(tmp_path / "run.yaml"), "--data.loading=lazy"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        "rows: 8 train, 4 val, 4 test, 16 groups",
+        "task label: classes, 2 outputs; in training cross 4, none 4",
+    ]
+    assert said[2] == "patches: 16 to 16 an image (mean 16 of 16 images), 1 x 16 x 16"
+    assert said[4].startswith("a step trains on at most 32 patches")
+    assert said[4].endswith("and on 8 in the end")

@@ -37,8 +37,15 @@ def run(words: list[str]) -> int:
 
 
 def _plan_data(path: Path, overrides: list[str]) -> int:
+    from foveate.tasks.config import load_as, load_config, read_settings, task_of
+
+    if task_of(read_settings(path, overrides)) == "recognition":
+        from foveate.tasks.recognition_plan import plan_table
+        from foveate.tasks.recognition_settings import RecognitionConfig
+
+        say(plan_table(load_as(RecognitionConfig, path, overrides)))
+        return 0
     from foveate.tasks.check import plan_data
-    from foveate.tasks.config import load_config
 
     config = load_config(path, overrides)
     from foveate.models import create_config

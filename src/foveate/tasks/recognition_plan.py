@@ -1,0 +1,76 @@
+"""What a recognition run will cost and learn from, before it runs: rows, classes, patches, bytes."""
+
+from collections import Counter
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+import torch
+
+from foveate.geometry.patch_source import PatchSource
+from foveate.tasks.bags import open_bag
+from foveate.tasks.items import SPLITS
+from foveate.tasks.recognition import UNREADABLE, build_model, skipped_line
+from foveate.tasks.recognition_settings import RecognitionConfig
+from foveate.tasks.splits import split_rows
+from foveate.tasks.table import read_table
+from foveate.tasks.targets import resolve_tasks
+
+_LOOKED = 16  # images whose patches are counted
+
+
+def plan_table(config: RecognitionConfig) -> str:
+    """Lines that say how many rows, classes and patches there are, and what a step of training holds.
+
+    Args:
+        config: settings of the run.
+
+    Raises:
+        ConfigError: table, splits and model do not fit.
+        FormatError: the table is bad.
+
+    Cost: the headers of at most 16 images, and with ``data.tissue`` a look at each at low resolution.
+    """
+    rows = read_table(config.data)
+    split = split_rows(rows, config.data)
+    config = replace(config, data=resolve_tasks(config.data, rows, split["train"]))
+    counts = ", ".join(f"{len(split[kind])} {kind}" for kind in SPLITS)
+    lines = [f"rows: {counts}, {len({row.item.group for row in rows})} groups"]
+    for name, spec in config.data.tasks.items():
+        there = Counter(row.labels[name] for row in split["train"])
+        shown = ", ".join(f"{label or 'unknown'} {count}" for label, count in sorted(there.items())[:12])
+        lines.append(f"task {name}: {spec.kind}, {len(spec.names) or 1} outputs; in training {shown}")
+    sizes, first = [], None
+    for place in np.unique(np.linspace(0, len(rows) - 1, _LOOKED).astype(int)):
+        try:
+            bag = open_bag(rows[place].item, config.data)
+        except UNREADABLE as error:
+            lines.append(f"unreadable: {skipped_line(rows[place].item, error)}")
+            continue
+        first = first or bag
+        sizes.append(len(bag))
+    if first is not None:
+        lines += _bytes(config, first, sizes, build_model(config, split["train"]).config.num_heads)
+    return "\n".join(lines)
+
+
+def _bytes(config: RecognitionConfig, bag: PatchSource, sizes: list[int], num_heads: int) -> list[str]:
+    select, data = config.select, config.data
+    patch = bag.read(torch.tensor([0]))[0]
+    each = patch.numel() * patch.element_size()
+    kept = config.train.batch_size * min(select.start, max(sizes))
+    in_memory = {"eager": config.train.batch_size * max(sizes), "sequential": max(sizes)}.get(
+        data.loading, select.chunk
+    )
+    queries = num_heads * len(data.tasks)
+    side = " x ".join(map(str, patch.shape))
+    return [
+        f"patches: {min(sizes):,} to {most:,} an image (mean {np.mean(sizes):,.0f} of {len(sizes)} images), {side}",
+        f"selection: {_mb(in_memory * each)} of patches ({data.loading}), {_mb(4 * queries * most)} of logits",
+        f"a step trains on at most {kept:,} patches ({_mb(kept * 4 * prod(patch.shape))} as the encoder takes them), "
+        f"and on {config.train.batch_size * min(select.keep, most):,} in the end",
+    ]
+
+
+def _mb(number: int) -> str:
+    return f"{number / 1e6:,.1f} MB"
