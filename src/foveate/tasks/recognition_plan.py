@@ -58,17 +58,16 @@ def _bytes(config: RecognitionConfig, bag: PatchSource, sizes: list[int], num_he
     select, data = config.select, config.data
     patch = bag.read(torch.tensor([0]))[0]
     each = patch.numel() * patch.element_size()
-    kept = config.train.batch_size * min(select.start, max(sizes))
-    in_memory = {"eager": config.train.batch_size * max(sizes), "sequential": max(sizes)}.get(
-        data.loading, select.chunk
-    )
+    most, batch = max(sizes), config.train.batch_size
+    kept = batch * min(select.start, most)
+    in_memory = {"eager": batch * most, "sequential": most, "lazy": select.chunk}[data.loading]
     queries = num_heads * len(data.tasks)
     side = " x ".join(map(str, patch.shape))
     return [
         f"patches: {min(sizes):,} to {most:,} an image (mean {np.mean(sizes):,.0f} of {len(sizes)} images), {side}",
         f"selection: {_mb(in_memory * each)} of patches ({data.loading}), {_mb(4 * queries * most)} of logits",
         f"a step trains on at most {kept:,} patches ({_mb(kept * 4 * prod(patch.shape))} as the encoder takes them), "
-        f"and on {config.train.batch_size * min(select.keep, most):,} in the end",
+        f"and on {batch * min(select.keep, most):,} in the end",
     ]
 
 
