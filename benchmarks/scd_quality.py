@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import record
-from _quality_claims import claims_of
+from _quality_claims import SEEDS, claims_of
 from _quality_data import VolumeSet, hippocampus, marked, organs
 from _quality_runs import Side, build, run, score, train, with_model
 
@@ -78,12 +78,12 @@ WITHOUT_PIXELS = (
     with_model(MAIN[1], "dense", **BLIND),
     with_model(replace(ADAPTIVE, score_weight=0.0), "untaught", **BLIND),
     with_model(replace(ADAPTIVE, reduce="random"), "random", **BLIND),
+    with_model(replace(ADAPTIVE, reduce="identity"), "identity", **BLIND),
 )
 FAR = (
     *WITHOUT_PIXELS,
     with_model(ADAPTIVE, "no-class-token", decoder="linear"),
     with_model(ADAPTIVE, "later", **BLIND, prune_after=(1, 3)),
-    with_model(replace(ADAPTIVE, reduce="identity"), "identity", **BLIND),
 )
 Job = tuple[str, str, Callable[[], dict[str, Any]]]
 EPOCHS, BUDGETS = (0, 1, 2, 4), (1.0, 0.5, 0.25, 0.1, 0.05)
@@ -153,7 +153,7 @@ def main(quick: bool, out: Path, msd: Path | None, seconds: float, runs: Path, o
         seconds, runs = 1.0, Path(tempfile.mkdtemp(prefix="foveate-scd-quality-"))
     runs.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
-    for name, title, job in jobs(sets, seconds, 1 if quick else 3):
+    for name, title, job in jobs(sets, seconds, 1 if quick else SEEDS):
         path = runs / f"{name}.{title}.json"
         if not path.exists() and only is not None and only in path.stem:
             path.with_suffix(".aside").write_text(json.dumps({**job(), "commit": record._commit()}, indent=1) + "\n")
