@@ -30,6 +30,17 @@ def run(words: list[str]) -> int:
         type=count,
         help="side of sliding windows in pixels, 0: whole (default: as in training)",
     )
+    parser.add_argument(
+        "--keep-ratio",
+        metavar="X",
+        type=number,
+        help="share of the tokens that go on at every prune point (default: as in training)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        help="bf16 is faster on processors made for it (default: as in training)",
+    )
     parser.add_argument("--overlay", action="store_true", help="also write a picture of the mask and the leaves")
     parser.add_argument("--heatmap", action="store_true", help="also write a picture of the probabilities")
     parser.add_argument("--probability", action="store_true", help="also write the probabilities, as TIFF")
@@ -67,6 +78,8 @@ def _masks(args: argparse.Namespace) -> list[Path]:
         broken=args.broken,
         max_leaves=args.max_leaves,
         window=args.window,
+        keep_ratio=args.keep_ratio,
+        precision=args.precision,
         probability=args.probability,
         overlay=args.overlay,
         heatmap=args.heatmap,
@@ -80,7 +93,7 @@ def _labels(args: argparse.Namespace) -> list[Path]:
     """Write labels, heatmaps and scores."""
     from foveate.tasks.recognition_predict import predict_labels
 
-    for name in ("max_leaves", "overlay", "probability"):
+    for name in ("max_leaves", "window", "keep_ratio", "precision", "overlay", "probability"):
         if getattr(args, name):
             raise ConfigError(f"--{name.replace('_', '-')} is about masks, and {args.model} gives labels; leave it out")
     formats = f"{args.format},png" if args.format and args.heatmap else args.format

@@ -80,12 +80,13 @@ def infer(
     size = patch_size_of(model)
     if config.predict.window is None:
         patches = prepare(image, config, size)
-        return logits_of(model, patches, pruning), patches.leaves[0]
+        return logits_of(model, patches, pruning, config.predict.precision), patches.leaves[0]
     small, config = working_frame(image, config)
     silent = None if pruning is None else replace(pruning, scores=None)
 
     def chances(patches: Patches, box: Box) -> Tensor:
-        return unpatchify(logits_of(model, patches, silent), patches.leaves[0], mode="smooth").softmax(0)
+        logits = logits_of(model, patches, silent, config.predict.precision)
+        return unpatchify(logits, patches.leaves[0], mode="smooth").softmax(0)
 
     return slide_windows(small, config, size, config.data.num_classes, chances)
 
@@ -124,19 +125,22 @@ def patch_size_of(model: nn.Module) -> int:
     return int(config.patch_size)
 
 
-def logits_of(model: nn.Module, patches: Patches, pruning: Pruning | None = None) -> Float[Tensor, "T K *P"]:
+def logits_of(
+    model: nn.Module, patches: Patches, pruning: Pruning | None = None, precision: str = "fp32"
+) -> Float[Tensor, "T K *P"]:
     """What the model says of the samples of every leaf, on the CPU.
 
     Args:
         model: As in `segment`.
         patches: Tokens.
         pruning: How to prune in this call, of a model that does; None: as it was configured.
+        precision: ``fp32`` or ``bf16`` (mixed).
 
     Raises:
         FoveateError: The output is not finite.
     """
     device = next(model.parameters()).device
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         placed = patches.to(device)
         logits: Tensor = (model(placed) if pruning is None else model(placed, pruning)).float().cpu()
     if not bool(torch.isfinite(logits).all()):

@@ -51,11 +51,11 @@ from foveate.tasks.outputs import (
 )
 from foveate.tasks.painting import Painting
 from foveate.tasks.part import Part, digest_of, part_folder
-from foveate.tasks.pruning import prunes
+from foveate.tasks.pruning import recorded_pruning
 from foveate.tasks.run import find_model
+from foveate.tasks.settings import PredictConfig
 from foveate.tasks.source import is_large, open_item, open_native, slide_patches, spacing_of, whole_box
 from foveate.tasks.values import normalise, value_range, with_channels
-from foveate.tasks.windows import with_window
 
 __all__ = ["SETTINGS", "Segmented", "load_model", "logits_of", "paint", "predict", "prepare", "segment"]
 
@@ -73,6 +73,8 @@ def predict(
     broken: str | None = None,
     max_leaves: int | None = None,
     window: int | None = None,
+    keep_ratio: Real | None = None,
+    precision: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     max_pixels: int | None = None,
@@ -100,6 +102,8 @@ def predict(
         max_leaves: Leaves per image at most. None: as in training.
         window: Side of windows that slide over images that are held, instead of ``predict.window`` of the run; 0: the
             whole image at once.
+        keep_ratio: Share of the tokens that go on at every prune point of a model that prunes. None: as in training.
+        precision: ``fp32`` or ``bf16``. None: as in training's validation, ``predict.precision`` of the run.
         overwrite: Replace outputs that are there already.
         resume: Leave alone what is complete, by its name and whatever made it; add pictures and probabilities that were
             not asked for then; and go on with what was interrupted, if model, settings and image are the same.
@@ -112,7 +116,8 @@ def predict(
     Raises:
         FormatError: At least one image failed; all others are written. Or there is no model.
         ConfigError: There is no input, two inputs have one name, a mask exists or cannot be replaced, ``out`` is a
-            file, ``mpp`` is no size of a pixel, or ``max_leaves`` is below 1 or given for a model of uniform leaves.
+            file, ``mpp`` is no size of a pixel, or ``max_leaves`` is below 1 or given for a model of uniform leaves;
+            or ``keep_ratio`` is outside 0 to 1 or given for a model that does not prune.
 
     Cost: of a slide, time for the pixels that the leaves need, for the model, and for the borders that are painted;
         memory for the logits of the leaves and a few rows of tiles.
@@ -130,7 +135,10 @@ def predict(
     given = {"max_pixels": max_pixels, "broken": broken}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     data = replace(config.data, masks=None, cache=0, **changes)
-    config = with_window(replace(config, data=data, tree=_with_budget(config.tree, max_leaves)), window)
+    share = None if keep_ratio is None else float(keep_ratio)
+    made = _changed(config.predict, window=window, keep_ratio=share, precision=precision)
+    recorded_pruning(network, made)
+    config = replace(config, data=data, tree=_with_budget(config.tree, max_leaves), predict=made)
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -235,7 +243,7 @@ class _Job:
 
     def _values(self, item: Item, native: Raster) -> tuple[Tensor, Leaves, list[Box], Tensor | None]:
         """What the model says of every leaf, what could not be decoded, and where each token left the model."""
-        pruning = Pruning(scores=[]) if prunes(self.model) else None
+        pruning = recorded_pruning(self.model, self.config.predict)
         values, leaves = self._inferred(item, native, pruning)
         if mended := mended_of(native):
             what = f"{len(mended)} broken tiles of coarser levels were made from finer ones"
@@ -248,7 +256,7 @@ class _Job:
         raster = open_item(item, data, native)
         if is_large(raster):
             patches = slide_patches(raster, self.config, patch_size_of(self.model))
-            return logits_of(self.model, patches, pruning), patches.leaves[0]
+            return logits_of(self.model, patches, pruning, self.config.predict.precision), patches.leaves[0]
         image = with_channels(raster.read(whole_box(raster.shape)), data.channels, str(item.image))
         data = replace(data, spacing=spacing_of(item, data, raster))
         normalised = normalise(image, value_range(image, data), data)
@@ -263,6 +271,12 @@ def _with_budget(tree: TreeConfig, max_leaves: int | None) -> TreeConfig:
             f"max_leaves={max_leaves} for a model of uniform leaves (tree.uniform={tree.uniform}); leave it out"
         )
     return replace(tree, max_leaves=max_leaves)
+
+
+def _changed(predict: PredictConfig, **given: Any) -> PredictConfig:
+    """The settings with what was given; a window of 0 is none."""
+    changes = {name: value for name, value in given.items() if value is not None}
+    return replace(predict, **changes | ({"window": None} if given["window"] == 0 else {}))
 
 
 def _to_stderr(line: str) -> None:

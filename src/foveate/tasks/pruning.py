@@ -12,8 +12,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from foveate.errors import ConfigError
 from foveate.nn.pruner import Pruning, Scores
-from foveate.tasks.settings import TrainConfig
+from foveate.tasks.settings import PredictConfig, TrainConfig
 
 INSIDE = 0.5
 """Worth of a token that lies inside one class other than background: between that of an edge and of background."""
@@ -22,6 +23,23 @@ INSIDE = 0.5
 def prunes(model: nn.Module) -> bool:
     """Whether a model sends tokens away."""
     return bool(getattr(getattr(model, "config", None), "prune_after", ()))
+
+
+def recorded_pruning(model: nn.Module, predict: PredictConfig) -> Pruning | None:
+    """How to prune where masks are made, with room for what the prune points think; None of a model without any.
+
+    Args:
+        model: as in `prunes`.
+        predict: its ``keep_ratio`` stands for that of the model.
+
+    Raises:
+        ConfigError: a ratio is given and the model does not prune.
+    """
+    if prunes(model):
+        return Pruning(keep_ratio=predict.keep_ratio, scores=[])
+    if predict.keep_ratio is not None:
+        raise ConfigError(f"predict.keep_ratio={predict.keep_ratio} of a model that prunes no tokens; leave it out")
+    return None
 
 
 def draw_pruning(train: TrainConfig, epoch: int, names: Sequence[str]) -> Pruning:

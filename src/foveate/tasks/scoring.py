@@ -20,7 +20,7 @@ from foveate.tasks.data import SegmentationData
 from foveate.tasks.infer import Segmented, logits_of, paint, segment, working_frame
 from foveate.tasks.metrics import PixelMetrics, tiles
 from foveate.tasks.painting import Painting
-from foveate.tasks.pruning import prunes, selection_recall, token_worth
+from foveate.tasks.pruning import recorded_pruning, selection_recall, token_worth
 from foveate.tasks.resize import shrink_labels
 from foveate.tasks.settings import FitConfig
 from foveate.tasks.slides import Slide
@@ -72,7 +72,7 @@ def score_item(
         return _score_slide(model, data, index, found, metrics)
     image, labels = found.image, found.labels
     assert labels is not None
-    pruning = Pruning(scores=[]) if prunes(model) else None
+    pruning = recorded_pruning(model, config.predict)
     result = segment(model, image, found.config, pruning)
     row = metrics.update(name, result.labels, labels, found.config.data.spacing)
     if not ceiling:
@@ -94,8 +94,8 @@ def _recall(pruning: Pruning, soft: Tensor, weight: Tensor) -> dict[str, float]:
 def _score_slide(model: nn.Module, data: SegmentationData, index: int, slide: Slide, metrics: PixelMetrics) -> Scored:
     start = time.perf_counter()
     sample = data[index]
-    leaves, pruning = sample.patches.leaves[0], Pruning(scores=[]) if prunes(model) else None
-    logits = logits_of(model, sample.patches, pruning)
+    leaves, pruning = sample.patches.leaves[0], recorded_pruning(model, data.config.predict)
+    logits = logits_of(model, sample.patches, pruning, data.config.predict.precision)
     pictures = [Painting(values, leaves, slide.shape) for values in (logits, sample.soft)]
     seconds = time.perf_counter() - start
     assert slide.labels is not None

@@ -220,6 +220,10 @@ class PredictConfig:
     blended; ``null``: the whole image at once, so that leaves and attention span it. For images that are held."""
     overlap: float = 0.5
     """Share of its side that a window has in common with the next."""
+    keep_ratio: float | None = None
+    """Share of the tokens that go on at every prune point of a model that prunes; ``null``: as it was made."""
+    precision: str = "fp32"
+    """``fp32`` or ``bf16`` (mixed), which is faster on processors made for it; a few pixels on borders differ."""
     values: str = "index"
     """What masks in NIfTI hold: ``index``, the number of the class as it is written in ``data.classes``; ``file``, the
     value that ``data.classes`` gives it (of a list the first)."""
@@ -230,6 +234,12 @@ class PredictConfig:
             f"predict.window={self.window} is below 1: give a side in pixels or null",
         )
         among("predict.values", self.values, ("index", "file"))
+        among("predict.precision", self.precision, ("fp32", "bf16"))
+        ratio = self.keep_ratio
+        require(
+            ratio is None or 0 < ratio <= 1,
+            f"predict.keep_ratio={ratio} is no share above 0 and up to 1: give one such as 0.5",
+        )
         require(0 <= self.overlap < 1, f"predict.overlap={self.overlap} is outside 0 up to below 1: give a share")
 
 

@@ -6,7 +6,6 @@ Legend: L leaves, K classes, C channels, P samples per side, S image sides, B si
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float32
@@ -84,10 +83,3 @@ def slide_windows(
         weights[area] += weight
     grid = uniform_leaves(shape, patch_size)
     return patchify(total.div_(weights).clamp_(min=1e-6).log_(), grid, patch_size).pixels, grid
-
-
-def with_window(config: FitConfig, window: int | None) -> FitConfig:
-    """The settings with another ``predict.window``: None leaves it, 0 asks for the whole image at once."""
-    if window is None:
-        return config
-    return replace(config, predict=replace(config.predict, window=window or None))
