@@ -1,0 +1,204 @@
+"""What is learned: needles in bags of patches, and megapixel digits; every run is a file, so that all can go on.
+
+Legend: N patches.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import _ips_data as data
+import record
+from _ips_train import Bags, Budget, Ours, Published, train
+from _published_ips import PublishedSelection, projector
+from foveate.geometry.patch_source import TensorPatches
+from foveate.models import create_model
+from foveate.tasks.recognition_settings import SelectConfig
+from foveate.testing.needles import NeedleBags
+
+Claims = list[dict[str, Any]]
+KEEP, LEARNS, FINDS = 10, 0.9, 0.95
+
+
+@dataclass(frozen=True)
+class Needles:
+    """Sizes of the needle task."""
+
+    patches: Sequence[int] = (1000, 5000)
+    seeds: int = 20
+    published: Sequence[int] = (5, 2)  # seeds of the published rule, by number of patches
+    train: int = 1600
+    test: int = 200
+    epochs: int = 12
+
+
+@lru_cache(maxsize=2)
+def needles(count: int, patches: int, split: str) -> Bags:
+    """Bags of needles as flat pixels, 0 to 255."""
+    drawn = list(NeedleBags(count, patches, split))
+    flat = [torch.from_numpy(bag.pixels.reshape(patches, -1)) for bag in drawn]
+    sources = [
+        TensorPatches(pixels, constant=torch.from_numpy(bag.blank)) for pixels, bag in zip(flat, drawn, strict=True)
+    ]
+
+    def dense(rows: Sequence[int]) -> Tensor:
+        return torch.stack([flat[row] for row in rows]).float() / 255
+
+    targets = data.targets_of([bag.labels for bag in drawn], data.NEEDLE)
+    return Bags(sources, targets, [bag.index for bag in drawn], dense)
+
+
+def our_needles(seed: int, keep: int = KEEP, **select: Any) -> Ours:
+    """Our model of flat pixels, with the library's own choice of rank and schedule where nothing else is said."""
+    torch.manual_seed(seed)
+    chosen = SelectConfig(keep=keep, **select)
+    settings = {"rule": chosen.rule, "rank": chosen.rank, "precision": chosen.precision, "keep": keep, "chunk": 8192}
+    model = create_model(
+        "ips_features", in_chans=64, width=128, norm="batch", tasks=data.tasks(data.NEEDLE), **settings
+    )
+    return Ours(model, chosen.schedule(1))
+
+
+def published_needles(seed: int) -> Published:
+    """The published model of the same features."""
+    torch.manual_seed(seed)
+    model = PublishedSelection(
+        projector(64, 128), 128, data.published_tasks(data.NEEDLE), keep=KEEP, chunk=100, num_patches=0
+    )
+    return Published(model)
+
+
+def needle_run(make: Callable[[], Ours | Published], patches: int, sizes: Needles, seed: int) -> dict[str, Any]:
+    bags, test = needles(sizes.train, patches, "train"), needles(sizes.test, patches, "test")
+    return train(make(), bags, test, Budget(epochs=sizes.epochs), seed)
+
+
+def needle_jobs(sizes: Needles) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Name and run of everything: both sides in turn, so that a change of load meets both."""
+    jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = []
+    for patches, published in zip(sizes.patches, sizes.published, strict=True):
+        for seed in range(sizes.seeds):
+            sides: dict[str, Callable[[], Ours | Published]] = {"ours": partial(our_needles, seed)}
+            if seed < published:
+                sides["published"] = partial(published_needles, seed)
+            if seed < published and patches == sizes.patches[0]:
+                sides["annealed mean"] = partial(our_needles, seed, rank="mean")
+                sides["not annealed"] = partial(our_needles, seed, keep_start=KEEP)
+            if seed == 0 and patches == sizes.patches[0]:
+                sides["all patches"] = partial(our_needles, seed, patches)
+            for side, make in sides.items():
+                jobs.append((f"{side}-{patches}-{seed}", partial(needle_run, make, patches, sizes, seed)))
+    return jobs
+
+
+def resume(jobs: Sequence[tuple[str, Callable[[], dict[str, Any]]]], runs: Path, report: bool) -> dict[str, Any]:
+    """Run what no file is there of, unless only to ``report``; returns what is there."""
+    runs.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, job in jobs:
+        path = runs / f"{name.replace(' ', '-')}.json"
+        if not path.exists() and not report:
+            path.with_suffix(".aside").write_text(json.dumps({**job(), "commit": record._commit()}, indent=1) + "\n")
+            path.with_suffix(".aside").rename(path)
+            print(name, flush=True)
+        if path.exists():
+            found[name] = json.loads(path.read_text())
+    return found
+
+
+def needle_claims(sizes: Needles, runs: Path, report: bool) -> Claims:
+    """How many seeds learn, how well, and at what time against the published rule."""
+    found = resume(needle_jobs(sizes), runs, report)
+    claims: Claims = []
+    for place, patches in enumerate(sizes.patches):
+        sides = {name.rsplit("-", 2)[0] for name in found if name.rsplit("-", 2)[1] == str(patches)}
+        for side in sorted(sides, key=lambda name: (name != "ours", name)):
+            some = [one for name, one in found.items() if name.rsplit("-", 1)[0] == f"{side}-{patches}"]
+            claims.append(_learned(side, patches, some, goal=(20, 18)[place] if side == "ours" else None))
+        pairs = [
+            (found[f"ours-{patches}-{seed}"]["seconds"], found[f"published-{patches}-{seed}"]["seconds"])
+            for seed in range(sizes.seeds)
+            if {f"ours-{patches}-{seed}", f"published-{patches}-{seed}"} <= set(found)
+        ]
+        if pairs:
+            ratios = [ours / theirs for ours, theirs in pairs]
+            value = sum(ours for ours, _ in pairs) / sum(theirs for _, theirs in pairs)
+            note = f"CPU seconds of all steps, {len(pairs)} seeds"
+            title = f"ips.needles.n{patches}.time"
+            spread = (min(ratios), max(ratios))
+            met = value <= 1.3
+            claims.append(record.claim(title, value, "x", "published rule", 1.3, met=met, spread=spread, note=note))
+    return claims
+
+
+def _learned(side: str, patches: int, runs: Sequence[dict[str, Any]], goal: int | None) -> dict[str, Any]:
+    learned = [one["majority"] >= LEARNS and one["recall"] >= FINDS for one in runs]
+    means = {key: float(np.mean([one[key] for one in runs])) for key in ("majority", "max", "multi", "recall")}
+    means["seconds"] = float(np.mean([one["seconds"] for one in runs]))
+    note = "mean " + ", ".join(f"{key} {value:.3g}" for key, value in means.items())
+    found = [one["recall"] for one in runs]
+    target = f"{goal} of 20" if goal else "no target: the comparison"
+    return record.claim(
+        f"ips.needles.n{patches}.{side}".replace(" ", "-"),
+        sum(learned),
+        f"of {len(runs)} seeds learn",
+        "majority >= 0.9 and recall >= 0.95",
+        target,
+        met=goal is None or (len(runs) == 20 and sum(learned) >= goal),
+        spread=(min(found), max(found)),
+        note=f"{note}; spread: recall",
+    )
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Sizes of the megapixel digits task."""
+
+    side: int = 1500
+    keep: int = 100
+    train: int = 512
+    test: int = 128
+    seconds: float = 300.0
+
+
+def digit_bags(sizes: Digits, part: int) -> Bags:
+    """Images to train (0) or to test with (2)."""
+    count = (sizes.train, 0, sizes.test)[part]
+    images = data.draw(part * 10**7, count, sizes.side, data.banks()[part])
+    targets = data.targets_of([image.labels for image in images])
+    return Bags(data.grids(images), targets, (), lambda rows: data.dense([images[row] for row in rows]))
+
+
+def digit_run(side: str, sizes: Digits, seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    bags, test = digit_bags(sizes, 0), digit_bags(sizes, 2)
+    num = len(bags.sources[0])
+    if side == "published":
+        model = data.published_model(sizes.keep, sizes.keep, num)
+        return train(Published(model), bags, test, Budget(seconds=sizes.seconds), seed)
+    chosen = SelectConfig(keep=sizes.keep, precision="bf16", keep_start=sizes.keep)
+    ours = data.our_model(sizes.keep, 1024, precision=chosen.precision, rank=chosen.rank)
+    return train(Ours(ours, chosen.schedule(1), half=True), bags, test, Budget(seconds=sizes.seconds), seed)
+
+
+def digit_claims(sizes: Digits, runs: Path, report: bool) -> Claims:
+    """The four tasks at equal CPU time."""
+    jobs = [(f"{side}-{sizes.side}", partial(digit_run, side, sizes, 0)) for side in ("ours", "published")]
+    found = resume(jobs, runs, report)
+    if len(found) < len(jobs):
+        return []
+    ours, theirs = (found[name] for name, _ in jobs)
+    claims = []
+    for task in data.FOUR:
+        note = f"{ours['steps']} steps against {theirs['steps']} in {sizes.seconds:g} CPU seconds each, one seed"
+        title = f"ips.digits{sizes.side}.{task}"
+        target = round(theirs[task], 4)
+        claims.append(record.claim(title, ours[task], "accuracy", "published, equal CPU time", target, note=note))
+    return claims
