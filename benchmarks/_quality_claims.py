@@ -119,8 +119,9 @@ def gain_claims(
     if not both:
         return []
     mean, spread = mean_and_spread([100 * (own[seed]["dice"] - other[seed]["dice"]) for seed in both])
-    met = True if isinstance(target, str) else mean >= target and len(both) == SEEDS
-    note = seeds_of(both)
+    reported = isinstance(target, str)
+    met = reported or (mean >= target and len(both) == SEEDS)
+    note = "" if reported else seeds_of(both)
     return [record.claim(title, mean, "points of Dice", against, target, met=met, spread=spread, note=note)]
 
 

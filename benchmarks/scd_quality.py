@@ -163,7 +163,9 @@ def main(quick: bool, out: Path, msd: Path | None, seconds: float, runs: Path, o
             found.setdefault(name, {})[title] = json.loads(path.read_text())
     rates = ", ".join(f"{name} {lr:g}" for name, lr in LR.items())
     head = "QUICK RUN, proves nothing. " if quick else ""
+    commits = ", ".join(sorted({run["commit"] for runs_of in found.values() for run in runs_of.values()}))
     protocol = head + PROTOCOL.format(seconds=seconds, short=SHORT * seconds, rates=rates)
+    protocol += f" The runs were made at {commits}."
     return record.write("scd-quality", protocol, claims_of(found), out)
 
 
