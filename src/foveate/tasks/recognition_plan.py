@@ -14,7 +14,7 @@ from foveate.tasks.recognition import UNREADABLE, build_model, skipped_line
 from foveate.tasks.recognition_settings import RecognitionConfig
 from foveate.tasks.splits import split_rows
 from foveate.tasks.table import read_table
-from foveate.tasks.targets import resolve_tasks
+from foveate.tasks.targets import parts_of, resolve_tasks
 
 _LOOKED = 16  # images whose patches are counted
 
@@ -37,8 +37,8 @@ def plan_table(config: RecognitionConfig) -> str:
     counts = ", ".join(f"{len(split[kind])} {kind}" for kind in SPLITS)
     lines = [f"rows: {counts}, {len({row.item.group for row in rows})} groups"]
     for name, spec in config.data.tasks.items():
-        there = Counter(row.labels[name] for row in split["train"])
-        shown = ", ".join(f"{label or 'unknown'} {count}" for label, count in sorted(there.items())[:12])
+        there = Counter(part for row in split["train"] for part in parts_of(row.labels[name], spec))
+        shown = ", ".join(f"{label} {count}" for label, count in sorted(there.items())[:12])
         lines.append(f"task {name}: {spec.kind}, {len(spec.names) or 1} outputs; in training {shown}")
     sizes, first = [], None
     for place in np.unique(np.linspace(0, len(rows) - 1, _LOOKED).astype(int)):

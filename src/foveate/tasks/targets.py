@@ -41,7 +41,7 @@ def _resolved(name: str, spec: LabelSpec, rows: Sequence[Row], train: Sequence[R
         if not len(value_B) or float(value_B.std(correction=0)) == 0:
             raise ConfigError(f"task {name!r}: its number is the same in all {len(value_B)} training rows: give others")
         return spec if spec.scale else replace(spec, scale=[float(value_B.mean()), float(value_B.std(correction=0))])
-    found = {value for row in rows for value in _parts(row.labels[name], spec)}
+    found = {value for row in rows for value in parts_of(row.labels[name], spec)}
     values: list[str | int] = [*sorted(found, key=_by_size)]
     resolved = replace(spec, values=spec.values or values)
     resolved.check(name)
@@ -55,7 +55,8 @@ def _resolved(name: str, spec: LabelSpec, rows: Sequence[Row], train: Sequence[R
     return resolved
 
 
-def _parts(text: str, spec: LabelSpec) -> list[str]:
+def parts_of(text: str, spec: LabelSpec) -> list[str]:
+    """The classes that a cell of the table names; none where nobody knows, or where it says that there are none."""
     if spec.kind != "labels":
         return [text] if text else []
     return [part.strip() for part in text.split(SEPARATOR) if part.strip() not in ("", NONE)]
@@ -104,7 +105,7 @@ def _encoded(row: Row, name: str, spec: LabelSpec) -> int | list[float]:
             return [(float(text or "nan") - mean) / deviation]
         except ValueError:
             raise FormatError(f"row {row.number} ({row.item.name}) has {name}={text!r}: write a number") from None
-    parts = _parts(text, spec)
+    parts = parts_of(text, spec)
     unknown = [part for part in parts if part not in names]
     if unknown:
         raise FormatError(
