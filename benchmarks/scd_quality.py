@@ -153,15 +153,16 @@ def main(quick: bool, out: Path, msd: Path | None, seconds: float, runs: Path, o
     if quick:
         seconds, runs = 1.0, Path(tempfile.mkdtemp(prefix="foveate-scd-quality-"))
     runs.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Any]] = {}
     for name, title, job in jobs(sets, seconds, 1 if quick else SEEDS):
         path = runs / f"{name}.{title}.json"
         if not path.exists() and only is not None and only in path.stem:
             path.with_suffix(".aside").write_text(json.dumps({**job(), "commit": record._commit()}, indent=1) + "\n")
             path.with_suffix(".aside").rename(path)
             print(path.stem, flush=True)
-        if path.exists():
-            found.setdefault(name, {})[title] = json.loads(path.read_text())
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(runs.glob("*.json")):
+        name, title = path.stem.split(".", 1)
+        found.setdefault(name, {})[title] = json.loads(path.read_text())
     rates = ", ".join(f"{name} {lr:g}" for name, lr in LR.items())
     head = "QUICK RUN, proves nothing. " if quick else ""
     commits = ", ".join(sorted({run["commit"] for runs_of in found.values() for run in runs_of.values()}))
