@@ -161,11 +161,11 @@ def _learned(side: str, patches: int, runs: Sequence[dict[str, Any]], goal: int 
 class Digits:
     """Sizes of the megapixel digits task."""
 
-    side: int = 1500
-    keep: int = 100
-    train: int = 512
-    test: int = 128
-    seconds: float = 300.0
+    side: int = 500
+    keep: int = 20
+    train: int = 1000
+    test: int = 200
+    seconds: float = 340.0
 
 
 def digit_bags(sizes: Digits, part: int) -> Bags:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import _ips_data as data
 import _ips_jobs
 import _ips_learn
 import _ips_speed
@@ -30,7 +31,7 @@ the most that a process of its own ever had (VmHWM) above what it had with every
 step on 8 patches ("step") or with the model built ("select"). Baseline: benchmarks/_published_ips.py, a plain
 re-implementation of the published loop: float32, all patches of a batch in memory before the time begins, shuffled, the
 buffer topped up chunk by chunk. "memory": ResNet-18 cut behind two stages on drawn patches of 3 x 32^2, batch 2, keep
-100, chunk 256, selection in bfloat16; and stored features (512 wide, float16), batch 4, keep 5000, chunk 4096. "steps":
+512, chunk 256, selection in bfloat16; and stored features (512 wide, float16), batch 4, keep 5000, chunk 4096. "steps":
 megapixel digits with the paper's network (width 128, 8 heads, 4 tasks, patch 50, keep = chunk = 100), noise as dense as
 the paper's, ours reading its patches from the sparse image in the time that counts; blank patches, which the image
 tells, are encoded once; "float32": selection by a copy with folded norms, channels last; "bfloat16": that copy in
@@ -118,7 +119,7 @@ def growth(kind: str, counts: Sequence[int], found: Sequence[dict[str, Any]]) ->
     claims = []
     least = found[0]["above"] - found[0]["logits"]
     for count, one in zip(counts[1:], found[1:], strict=True):
-        more = (one["above"] - one["logits"] - least) / least
+        more = (one["above"] - one["logits"] - least) / max(least, 1)
         note = f"{found[0]['above'] / 2**20:.0f} MiB, then {one['above'] / 2**20:.0f} MiB, of which "
         note += f"{one['logits'] / 2**20:.1f} MiB are logits; {one['seconds_cpu']:.0f} CPU s"
         title = f"ips.memory.{kind}.n{count}"
@@ -129,7 +130,8 @@ def growth(kind: str, counts: Sequence[int], found: Sequence[dict[str, Any]]) ->
 def memory(run: Run) -> Claims:
     """Training steps on bags of growing size."""
     sizes = run.sizes
-    pixels = [job("step_pixels", patches=num, keep=sizes.keep, chunk=256, batch=2) for num in sizes.pixels]
+    keep = min(512, sizes.pixels[0] // 2)
+    pixels = [job("step_pixels", patches=num, keep=keep, chunk=256, batch=2) for num in sizes.pixels]
     path = stored(run, sizes.features[-1], 512)
     rows = [job("step_features", path=path, keep=5000, chunk=4096, batch=4, rows=num) for num in sizes.features]
     return growth("pixels", sizes.pixels, pixels) + growth("features", sizes.features, rows)
@@ -255,9 +257,10 @@ def main(quick: bool, out: Path, only: str, report: bool, runs: Path, work: Path
                 )
     count, width = sizes.wide
     digit = sizes.digits
-    said = f"images of {digit.side}^2 (keep {digit.keep}), {digit.train} to train and {digit.test} to test with, "
+    drawn = "drawn digits" if data.banks()[0] is None else "MNIST's digits"
+    said = f"images of {digit.side}^2 with {drawn}, keep {digit.keep}, {digit.train} to train and {digit.test} to test "
     said += (
-        f"{digit.seconds:g} CPU seconds of steps each, a cosine over them, bfloat16 on our side, no schedule of keep"
+        f"with, {digit.seconds:g} CPU seconds of steps each, a cosine over them, ours in bfloat16 and without schedule"
     )
     protocol = PROTOCOL.format(patches=count, width=width, digits=said, commits=", ".join(commits))
     return record.write("ips", ("QUICK RUN, proves nothing. " if quick else "") + protocol, claims, out)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 RANKS = ("mean", "best", "lse", "quota")
-_MOST = 1 << 22  # numbers in double precision at a time
+_MOST = 1 << 19  # numbers in double precision at a time
 
 
 def attention_share(logits_NA: Float[Tensor, "N A"]) -> Float[Tensor, " N"]:
@@ -16,8 +16,7 @@ def attention_share(logits_NA: Float[Tensor, "N A"]) -> Float[Tensor, " N"]:
     share = logits_NA.new_zeros(len(logits_NA), dtype=torch.float64)
     if not len(share):
         return share
-    columns = max(1, _MOST // len(share))
-    for part in logits_NA.split(columns, dim=1):
+    for part in logits_NA.split(_columns(len(share)), dim=1):
         share += part.double().softmax(0).sum(1)
     return share / logits_NA.shape[1]
 
@@ -25,14 +24,20 @@ def attention_share(logits_NA: Float[Tensor, "N A"]) -> Float[Tensor, " N"]:
 def best_rank(logits_NA: Float[Tensor, "N A"], keep: int) -> Int64[Tensor, " N"]:
     """Place that a patch takes in the query and head that likes it most, 0 the first, ``keep`` where beyond it."""
     num = len(logits_NA)
-    key = (logits_NA.float() + 0.0).contiguous().view(torch.int32).long()  # 0.0 makes one zero of two
-    key = torch.where(key < 0, -(key & 0x7FFFFFFF), key) << 32  # as floats are ordered
-    order = torch.arange(num - 1, -1, -1, device=key.device)
-    place = torch.arange(keep, device=key.device)
-    best = torch.full((num,), keep, device=key.device)
-    for column in key.unbind(1):  # equal logits differ by their position
-        best.scatter_reduce_(0, (column + order).topk(keep).indices, place, "amin")
+    order = torch.arange(num - 1, -1, -1, device=logits_NA.device)
+    place = torch.arange(keep, device=logits_NA.device)
+    best = torch.full((num,), keep, device=logits_NA.device)
+    for part in logits_NA.split(_columns(num), dim=1):
+        key = (part.float() + 0.0).contiguous().view(torch.int32).long()  # 0.0 makes one zero of two
+        key = torch.where(key < 0, -(key & 0x7FFFFFFF), key) << 32  # as floats are ordered
+        for column in key.unbind(1):  # equal logits differ by their position
+            best.scatter_reduce_(0, (column + order).topk(keep).indices, place, "amin")
     return best
+
+
+def _columns(num: int) -> int:
+    """Queries of heads that are ranked at a time, so that memory hardly grows with their number."""
+    return max(1, _MOST // max(1, num))
 
 
 def score_patches(logits_NA: Float[Tensor, "N A"], keep: int, rank: str = "mean") -> Float[Tensor, " N"]:
