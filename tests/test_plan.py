@@ -1,5 +1,6 @@
 """The plan is true: operations equal torch's own count, and measured peak <= projected peak <= 1.25 x measured."""
 
+import math
 import re
 import subprocess
 import sys
@@ -78,6 +79,19 @@ def test_law_the_plan_is_true_of_unetr(exact: bool, training: bool) -> None:
     projected = plan(config, 64, 2, training=training).activation_bytes
     measured = run_for_real(config, 64, 2, training=training, shape=(32, 32, 32)).peak
     assert measured <= projected <= 1.25 * measured
+
+
+@pytest.mark.parametrize("shape", [(24, 40, 32), (32, 32, 32)], ids=["brick", "cube"])
+def test_dense_decoders_paint_every_cell_however_few_leaves(shape: tuple[int, ...]) -> None:
+    config = small("scd_unetr_small_3d_p8", depth=4, prune_after=(0, 2), keep_ratio=0.5, out_blocks=(0, 3))
+    grid = [side // 8 for side in shape]
+    plans = [plan(config, leaves, cells=grid) for leaves in (math.prod(grid), 40)]
+    decoders = [next(stage.flops for stage in one.stages if stage.name == "decoder") for one in plans]
+    assert decoders[0] == decoders[1]
+    measured = run_for_real(config, math.prod(grid), 1, training=False, shape=shape).peak
+    assert measured <= plans[0].activation_bytes <= 1.25 * measured
+    assert "decoder" in plan_image(config, shape, max_leaves=40)
+    assert plan(config, 41).num_leaves == 41
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -103,6 +103,7 @@ def plan(
     *,
     training: bool = False,
     dtype: str = "float32",
+    cells: Sequence[int] | None = None,
 ) -> Plan:
     """Rehearse one batch of a model and return what it costs.
 
@@ -113,6 +114,8 @@ def plan(
         batch_size: images at once.
         training: plan a training step (forward, loss, backward, AdamW) instead of inference.
         dtype: ``float32``, ``bfloat16`` or ``float16``, of weights and activations; AdamW's moments are float32.
+        cells: smallest leaves along each axis of the image, all of which ``unetr`` decoders paint, however few leaves
+            there are; None: a square of them or, where that has another number, a row.
 
     Raises:
         BudgetError: ``num_leaves`` or ``batch_size`` below 1.
@@ -126,7 +129,7 @@ def plan(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}; use one of these")
     network, config = _build(model, DTYPES[dtype], training)
-    patches = _patches(config, num_leaves, batch_size, DTYPES[dtype])
+    patches = _patches(config, num_leaves, batch_size, DTYPES[dtype], cells)
     ledger = Ledger([*network.parameters(), *network.buffers(), patches.pixels])
     with torch.set_grad_enabled(training), RealIndices(), fused_attention(), ledger, _named_stages(network, ledger):
         logits = network(patches)
@@ -206,12 +209,13 @@ def plan_image(
             f"{_name(model, config)} is for {config.num_dims}-D images, but the shape {tuple(shape)} has {len(shape)} "
             f"axes; choose a model whose name {'ends in _3d' if len(shape) == 3 else 'does not end in _3d'}"
         )
-    cells = math.prod(-(-side // min_size) for side in shape)
+    grid = [-(-side // min_size) for side in shape]
+    cells = math.prod(grid)
     image, cut = math.prod(shape) * config.in_chans * itemsize, cut_bytes(shape, config.in_chans, min_size)
 
     def cost(settings: Settings) -> Plan:
         chosen = replace(config, checkpoint=settings.checkpoint)
-        batch = plan(chosen, settings.max_leaves, settings.batch_size, training=training, dtype=dtype)
+        batch = plan(chosen, settings.max_leaves, settings.batch_size, training=training, dtype=dtype, cells=grid)
         stages = (Stage("input", 0, image + cut), *batch.stages)
         return replace(batch, model=_name(model, config), stages=stages, image_bytes=image, cut_bytes=cut)
 
@@ -257,16 +261,26 @@ def _build(model: "str | ModelConfig", dtype: torch.dtype, training: bool) -> tu
     return network.to(dtype).train(training), config
 
 
-def _patches(config: "ModelConfig", num_leaves: int, batch_size: int, dtype: torch.dtype) -> Any:
-    """Patches without memory: a square block of leaves of the patch size for every image."""
+def _patches(
+    config: "ModelConfig", num_leaves: int, batch_size: int, dtype: torch.dtype, cells: Sequence[int] | None
+) -> Any:
+    """Patches without memory: a square block of leaves of the patch size for every image, or leaves that cover one."""
     from foveate.geometry.leaves import uniform_leaves
     from foveate.geometry.patches import Patches
+    from foveate.geometry.tree import adaptive_leaves
 
     sides = (config.patch_size,) * config.num_dims
     wide = math.ceil(num_leaves ** (1 / config.num_dims) - 1e-9)
-    block = uniform_leaves([side * wide for side in sides], config.patch_size)
-    leaves = block.select(torch.arange(num_leaves))
-    pixels = torch.empty(num_leaves * batch_size, config.in_chans, *sides, dtype=dtype, device="meta")
+    square = (wide,) * config.num_dims
+    if config.decoder.startswith("unetr"):  # as fine as the tree of an image full of noise, a pixel for a cell
+        row = (*(1,) * (config.num_dims - 1), num_leaves)
+        cells = cells or (square if math.prod(square) == num_leaves else row)
+        noise = torch.rand(1, *cells, generator=torch.Generator().manual_seed(0))
+        leaves = adaptive_leaves(noise, max_leaves=num_leaves, min_size=1)
+    else:
+        block = uniform_leaves([side * wide for side in sides], config.patch_size)
+        leaves = block.select(torch.arange(num_leaves))
+    pixels = torch.empty(len(leaves) * batch_size, config.in_chans, *sides, dtype=dtype, device="meta")
     return Patches(pixels, (leaves,) * batch_size)
 
 
