@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from foveate.geometry.patch_source import PatchSource, constant_of
 
 Encode = Callable[[Tensor], Tensor]
-_PIXEL_ROWS, _FEATURE_ROWS = 32, 1024
+_PIXEL_ROWS, _FEATURE_ROWS = 32, 512
 _MOST_CONSTANTS = 4096
 
 
