@@ -9,6 +9,8 @@ read from ``--msd`` or the variable FOVEATE_MSD (images/, labels/, split.csv), a
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -42,8 +44,10 @@ the uniform grid with the dense side's decoder, down to 25 % as ours. "UNETR": M
 a class token (but in "no-class-token"); "later" is pruned behind the second and fourth block; both were tried on
 validation volumes after "ours" without a class token had failed on the test volumes of "marked", so that set is no
 longer blind. "identity": ours-adaptive without transformer blocks; "random": with scores by chance. Boundary recall:
-share of the tokens with a label edge that are kept to the end, mean over test volumes. Spread: 95 % t interval over
-seeds; a gain is the mean of differences with equal seeds.
+share of the tokens with a label edge that are kept to the end, mean over test volumes. "example":
+examples/msd-hippocampus-scd.yaml for 24 epochs, 25 % of the leaves kept to the end; its settings were chosen on the
+volumes that it is judged on, the test volumes of the other runs. Spread: 95 % t interval over seeds; a gain is the
+mean of differences with equal seeds.
 """
 SETS, SHORT = ("organs", "hippocampus"), 0.6
 LR = {
@@ -122,7 +126,21 @@ def budgets(data: VolumeSet, seconds: float) -> dict[str, Any]:
     }
 
 
-def jobs(sets: dict[str, VolumeSet], seconds: float, seeds: int) -> Iterator[Job]:
+def example(msd: Path, seed: int) -> dict[str, Any]:
+    """The example as it is shipped, for 24 epochs whatever the clock says: a quarter of the leaves stays."""
+    with tempfile.TemporaryDirectory() as out:
+        flags = {"data.root": msd, "train.seed": seed, "train.minutes": "null", "train.epochs": 24}
+        flags |= {"train.eval_every": 24, "out": out}
+        words = [f"--{name}={value}" for name, value in flags.items()]
+        file = Path(__file__).parents[1] / "examples" / "msd-hippocampus-scd.yaml"
+        subprocess.run([sys.executable, "-m", "foveate", "fit", str(file), "--overwrite", *words], check=True)
+        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "boundary_recall" in line][-1]
+    names = {"boundary": "boundary_recall", "foreground": "foreground_recall", "possible": "boundary_recall_ceiling"}
+    return {"dice": last["dice"]} | {ours: last[theirs] for ours, theirs in names.items()}
+
+
+def jobs(sets: dict[str, VolumeSet], msd: Path | None, seconds: float, seeds: int) -> Iterator[Job]:
     """All runs: what matters most, first."""
     mark, short = sets["marked"], SHORT * seconds
     for seed in range(seeds):
@@ -132,6 +150,8 @@ def jobs(sets: dict[str, VolumeSet], seconds: float, seeds: int) -> Iterator[Job
                     yield name, f"{side.name}-{seed}", partial(trained, side, sets[name], seconds, seed)
                 for side in CONTROLS if seed == 0 else ():
                     yield name, f"{side.name}-{seed}", partial(trained, side, sets[name], seconds, seed)
+        if msd is not None:
+            yield "hippocampus", f"example-{seed}", partial(example, msd, seed)
         if seed == 0:
             yield "organs", "budgets", partial(budgets, sets["organs"], seconds)
             yield "organs", "recovery", partial(recovery, sets["organs"], short)
@@ -153,7 +173,7 @@ def main(quick: bool, out: Path, msd: Path | None, seconds: float, runs: Path, o
     if quick:
         seconds, runs = 1.0, Path(tempfile.mkdtemp(prefix="foveate-scd-quality-"))
     runs.mkdir(parents=True, exist_ok=True)
-    for name, title, job in jobs(sets, seconds, 1 if quick else SEEDS):
+    for name, title, job in jobs(sets, None if quick else msd, seconds, 1 if quick else SEEDS):
         path = runs / f"{name}.{title}.json"
         if not path.exists() and only is not None and only in path.stem:
             path.with_suffix(".aside").write_text(json.dumps({**job(), "commit": record._commit()}, indent=1) + "\n")
