@@ -39,7 +39,7 @@ class Needles:
     epochs: int = 12
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def needles(count: int, patches: int, split: str) -> Bags:
     """Bags of needles as flat pixels, 0 to 255."""
     drawn = list(NeedleBags(count, patches, split))
@@ -81,21 +81,22 @@ def needle_run(make: Callable[[], Ours | Published], patches: int, sizes: Needle
 
 
 def needle_jobs(sizes: Needles) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Name and run of everything: both sides in turn, so that a change of load meets both."""
-    jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = []
-    for patches, published in zip(sizes.patches, sizes.published, strict=True):
-        for seed in range(sizes.seeds):
-            sides: dict[str, Callable[[], Ours | Published]] = {"ours": partial(our_needles, seed)}
+    """Name and run of everything, what matters most first; the two sides in turn, so that both meet the same load."""
+    makes: list[tuple[str, int, int, Callable[[], Ours | Published]]] = []
+    for seed in range(sizes.seeds):
+        for patches, published in zip(sizes.patches, sizes.published, strict=True):
+            makes.append(("ours", patches, seed, partial(our_needles, seed)))
             if seed < published:
-                sides["published"] = partial(published_needles, seed)
-            if seed < published and patches == sizes.patches[0]:
-                sides["annealed mean"] = partial(our_needles, seed, rank="mean")
-                sides["not annealed"] = partial(our_needles, seed, keep_start=KEEP)
-            if seed == 0 and patches == sizes.patches[0]:
-                sides["all patches"] = partial(our_needles, seed, patches)
-            for side, make in sides.items():
-                jobs.append((f"{side}-{patches}-{seed}", partial(needle_run, make, patches, sizes, seed)))
-    return jobs
+                makes.append(("published", patches, seed, partial(published_needles, seed)))
+        if seed == 0:
+            first = sizes.patches[0]
+            makes.append(("annealed mean", first, seed, partial(our_needles, seed, rank="mean")))
+            makes.append(("not annealed", first, seed, partial(our_needles, seed, keep_start=KEEP)))
+            makes.append(("all patches", first, seed, partial(our_needles, seed, first)))
+    return [
+        (f"{side}-{patches}-{seed}", partial(needle_run, make, patches, sizes, seed))
+        for side, patches, seed, make in makes
+    ]
 
 
 def resume(jobs: Sequence[tuple[str, Callable[[], dict[str, Any]]]], runs: Path, report: bool) -> dict[str, Any]:
