@@ -21,7 +21,7 @@ from foveate.geometry.leaves import uniform_leaves
 from foveate.geometry.paint import unpatchify
 from foveate.geometry.patches import patchify
 from foveate.geometry.tree import adaptive_leaves
-from foveate.models import ModelConfig, build_model
+from foveate.models import ModelConfig, build_model, create_model
 from foveate.testing import synthetic_image
 
 PROTOCOL = """
@@ -35,7 +35,8 @@ model, attention naive, pruning 1728 -> 172 -> 17 -> 1 at 96^3 and 4096 -> 1024 
 behind the same blocks ("vit-s.1024", which has no published model: behind the 1st, 3rd and 6th), keeps the stated
 shares of all tokens and decodes at full resolution what the first prune point kept, with no fewer than 16 tokens left;
 "uniform": on the same grid; "adaptive": on a quarter as many adaptive leaves, the cutting of tree and patches timed,
-and in inference also the painting of all logits to voxels. Training step: forward and backward of the mean square of
+and in inference also the painting of all logits to voxels; "exact": scd_unetr_base_3d_p8 in exact mode, the published
+model in our modules, on the same grid. Training step: forward and backward of the mean square of
 the logits; the optimiser is left out. Saved: bytes of the different storages that autograd keeps for the backward
 pass, weights not counted. Speed alone: accuracy is measured elsewhere.
 """
@@ -64,10 +65,12 @@ class Case:
 TENTH, QUARTER, HALF = (0.1, 0.01, 0.01), (0.25, 0.0625, 0.0156), (0.5, 0.25, 0.25)
 ALL = {"dense naive": (15, 18), "dense SDPA": (11, 13), "published": (8, 9)}
 PLANE = {"dense SDPA": (5, 5)}
+EXACT: tuple[float, ...] = ()  # the published counts
 CASES = (
     Case("vit-b.96", 96, 1, 14, 8, 768, 0.9, {"uniform": TENTH, "adaptive": QUARTER}, ALL),
     Case("vit-s16.96", 96, 1, 14, 16, 384, 0.9, {"uniform": QUARTER}, {"dense SDPA": (4, 4)}),
     Case("vit-b.128", 128, 4, 3, 8, 768, 0.75, {"adaptive": QUARTER}, {"published": (12, 12)}, turns=2),
+    Case("exact.vit-b.96", 96, 1, 14, 8, 768, 0.9, {"exact": EXACT}, {"published": (1.7, 1.5)}),
     Case("vit-s.1024", 1024, 3, 5, 8, 384, 0.0, {"uniform": QUARTER, "adaptive": QUARTER}, PLANE, 1, 2, (0, 2, 5)),
 )
 QUICK = (
@@ -77,6 +80,8 @@ QUICK = (
 
 
 def ours(case: Case, keep_ratio: tuple[float, ...]) -> nn.Module:
+    if keep_ratio == EXACT:
+        return create_model("scd_unetr_base_3d_p8", exact=True, in_chans=case.in_chans, num_classes=case.num_classes)
     return build_model(
         ModelConfig(
             num_dims=case.num_dims,
@@ -123,7 +128,7 @@ def sides(case: Case) -> Sides:
         logits = model(patchify(image, leaves, patch_size))
         return unpatchify(logits, leaves, mode="smooth") if paint else logits
 
-    kinds = {"uniform": uniform, "adaptive": adaptive}
+    kinds = {"uniform": uniform, "exact": uniform, "adaptive": adaptive}
     parts: Sides = {name: (baseline(case, name), whole) for name in case.targets}
     return parts | {name: (ours(case, ratio), kinds[name]) for name, ratio in case.ours.items()}
 
@@ -182,7 +187,7 @@ def speed(case: Case, what: str, parts: Sides) -> list[dict[str, Any]]:
 
 def memory(case: Case, parts: Sides) -> list[dict[str, Any]]:
     """Bytes kept for the backward pass by the published model over those of each of our sides."""
-    if "published" not in parts:
+    if "published" not in parts or "exact" in case.ours:
         return []
     published = saved_bytes(*parts["published"])
     claims = []
