@@ -545,3 +545,12 @@ def test_monai_in_training() -> None:
     assert [len(stage.kept) for stage in scores] == [54, 44, 36]
     (logits.square().mean() + score_loss(scores, torch.rand(72).round(), [36, 36])).backward()
     assert all(value.grad is not None for value in model.sparsifier.pruners.parameters())
+
+
+def test_lists_and_one_point_are_as_good_as_tuples() -> None:
+    model = fv.sparsify(monai_unetr(2), prune_after=[2, 5], keep_ratio=[0.5, 0.25])
+    assert (model.sparsifier.prune_after, model.sparsifier.keep_ratio) == ((2, 5), (0.5, 0.25))
+    model = fv.sparsify(model.sparsifier.remove(), prune_after=2, keep_ratio=[0.5])
+    assert model.sparsifier.prune_after == (2,)
+    ours = fv.create_model("apf_vit_tiny", width=24, depth=4, num_heads=2, patch_size=4)
+    assert fv.sparsify(ours, prune_after=[0, 1], keep_ratio=0.5).config.prune_after == (0, 1)

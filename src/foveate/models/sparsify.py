@@ -1,6 +1,6 @@
 """A switch on models that people already have: a dense ViT segmenter becomes its sparse form, with its weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -20,8 +20,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def sparsify(
     model: Model,
-    prune_after: tuple[int, ...] = (2, 5, 8),
-    keep_ratio: KeepRatio = 0.25,
+    prune_after: Sequence[int] | int = (2, 5, 8),
+    keep_ratio: KeepRatio | list[float] = 0.25,
     *,
     completion: str = "cross",
     estimator: str = "threshold",
@@ -42,7 +42,7 @@ def sparsify(
     Args:
         model: a model around a stack of transformer blocks over ``[images, tokens, width]``, such as ours, MONAI's
             UNETR, timm's and transformers' ViTs, or ``torch.nn.TransformerEncoder``.
-        prune_after: blocks behind which tokens leave, ascending from 0, the last block not among them.
+        prune_after: blocks behind which tokens leave, ascending from 0, the last block not among them; or one of them.
         keep_ratio: in (0, 1]; one share, applied again at every prune point, or the share of all tokens left after
             each; never fewer than 16 tokens. At 1 the output is the dense one.
         completion: how pruned tokens catch up behind the last block: "cross" (attend to the kept ones), "none" or
@@ -62,6 +62,8 @@ def sparsify(
 
     Source: Zhou et al., IPMI 2023, arXiv 2303.06522, over any ViT. **Differs**: theirs is an encoder of its own.
     """
+    prune_after = (prune_after,) if isinstance(prune_after, int) else tuple(prune_after)
+    keep_ratio = tuple(keep_ratio) if isinstance(keep_ratio, list) else keep_ratio
     keep_counts(1, keep_ratio, max(len(prune_after), 1))
     if hasattr(model, "sparsifier"):
         raise ConfigError(
@@ -94,7 +96,7 @@ def sparsify(
         width=width,
         num_heads=_num_heads(first, width),
         num_prefix=_num_prefix(model, path) if num_prefix is None else num_prefix,
-        prune_after=tuple(prune_after),
+        prune_after=prune_after,
         keep_ratio=keep_ratio,
         completion=completion,
         estimator=estimator,
