@@ -11,10 +11,10 @@ demo: $(VENV)/.installed
 	$(BIN)/foveate demo --out demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,12 +1,17 @@
 """Settings that all tests share; its place also lets every test import the helpers that lie beside it."""
 
+import os
 from importlib.util import find_spec
 from types import ModuleType
 
 import pytest
+import torch
 from hypothesis import settings
 
 from torchvision_stand_in import import_timm
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one process per core already
 
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("house")
