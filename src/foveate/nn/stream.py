@@ -112,7 +112,7 @@ def encoded(
         index = torch.cat([blank[:1], index[~is_blank]])
     for at, pixels in _reads(source, index, chunk, workers):
         same = blank[1:] if len(blank) and at[0] == blank[0] else blank[:0]
-        pending.add(at, as_float(pixels.to(device)), same)
+        pending.add(at, pixels.to(device), same)
         yield from pending.blocks(last=False)
     yield from pending.blocks(last=True)
 
@@ -199,15 +199,24 @@ class _Pending:
         num = self._num if last else self._num // rows * rows
         if not num:
             return
-        pixels = self._pixels[0] if len(self._pixels) == 1 else torch.cat(self._pixels)
         index, row = torch.cat(self._index), torch.cat(self._row)
-        x_UD = in_blocks(self._encode, pixels[:num], rows)
+        x_UD = torch.cat([self._block(min(rows, num - start), rows) for start in range(0, num, rows)])
         for key in [key for key, place in self._waiting.items() if place < num]:
             place = self._waiting.pop(key)
             if len(self._known) < _MOST_CONSTANTS:
                 self._known[key] = x_UD[place : place + 1].clone()
         self._waiting = {key: place - num for key, place in self._waiting.items()}
         done = row < num
-        self._pixels = [pixels[num:].clone()] if num < self._num else []
+        self._pixels = [pixels.clone() for pixels in self._pixels]  # lets go of the chunk that they are from
         self._index, self._row, self._num = [index[~done]], [row[~done] - num], self._num - num
         yield Vectors(index[done], x_UD, row[done])
+
+    def _block(self, num: int, rows: int) -> Tensor:
+        """Vectors of the first patches that wait, which are floats no sooner than here, and wait no longer."""
+        parts = []
+        while num:
+            parts.append(self._pixels[0][:num])
+            num -= len(parts[-1])
+            left = self._pixels[0][len(parts[-1]) :]
+            self._pixels[:1] = [left] if len(left) else []
+        return in_blocks(self._encode, as_float(parts[0] if len(parts) == 1 else torch.cat(parts)), rows)
