@@ -80,7 +80,8 @@ def step_features(path: str, keep: int, chunk: int, batch: int, rows: int = 0, h
     bag: PatchSource = FeatureBag(path)
     if rows:
         bag = FirstRows(bag, rows)
-    model = create_model("ips_features", in_chans=_width(bag), norm="batch", keep=keep, chunk=chunk, rank="mean")
+    settings: dict[str, Any] = {"keep": keep, "chunk": chunk, "rank": "mean", "precision": "bf16" if half else "folded"}
+    model = create_model("ips_features", in_chans=_width(bag), norm="batch", **settings)
     result: Result = {"program": warm_up(model, bag)}
     with clock(result, "seconds"):
         training_step(model, [bag] * batch, half)

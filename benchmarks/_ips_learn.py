@@ -114,6 +114,11 @@ def resume(jobs: Sequence[tuple[str, Callable[[], dict[str, Any]]]], runs: Path,
     return found
 
 
+def commits(runs: Path) -> str:
+    """What the runs were made at."""
+    return "/".join(sorted({json.loads(path.read_text())["commit"] for path in runs.glob("*.json")}))
+
+
 def needle_claims(sizes: Needles, runs: Path, report: bool) -> Claims:
     """How many seeds learn, how well, and at what time against the published rule."""
     found = resume(needle_jobs(sizes), runs, report)

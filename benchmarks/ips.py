@@ -232,11 +232,14 @@ LEARNED = ("needles", "digits")  # keep their runs themselves
 def claims_of(name: str, run: Run) -> dict[str, Any] | None:
     """What a part finds, or found when it was measured."""
     path = run.runs / f"{name}.json"
-    if run.report and name not in LEARNED:
+    if name in LEARNED:
+        claims = PARTS[name](run)
+        return {"commit": _ips_learn.commits(run.runs / name), "claims": claims} if claims else None
+    if run.report:
         return json.loads(path.read_text()) if path.exists() else None
     found = {"commit": record._commit(), "claims": PARTS[name](run)}
     path.write_text(json.dumps(found, indent=1) + "\n")
-    return found if found["claims"] else None
+    return found
 
 
 def main(quick: bool, out: Path, only: str, report: bool, runs: Path, work: Path | None) -> Path:
