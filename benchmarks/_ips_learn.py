@@ -171,7 +171,7 @@ class Digits:
     keep: int = 20
     train: int = 1000
     test: int = 200
-    seconds: float = 340.0
+    seconds: float = 240.0
 
 
 def digit_bags(sizes: Digits, part: int) -> Bags:

@@ -3,7 +3,6 @@
 Legend: B images, N patches.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import _ips_data as data
 import record
 from _ips_jobs import DrawnPatches
 from _published_ips import PublishedSelection
-from _timing import cpu_seconds, in_turn, speed_up
+from _timing import cpu_seconds, speed_up
 from foveate.geometry.patch_source import GridPatches, TensorPatches
 from foveate.models import create_model
 from foveate.models.recognition import RecognitionModel
@@ -77,13 +76,9 @@ class Ours:
         self.model.train()
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=DECAY)
 
-    def select(self) -> object:
+    def select(self) -> Any:
         """Choose the patches and read them."""
         return self.model.choose(self.bags)
-
-    def step(self) -> None:
-        """One training step."""
-        self.learn(self.model.choose(self.bags))
 
     def learn(self, chosen: Any) -> None:
         """What follows the choice."""
@@ -99,14 +94,14 @@ class Published:
         self.model, self.patches, self.targets = model.train(), patches, targets
         self.optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)
 
-    def select(self) -> object:
+    def select(self) -> Any:
         """Choose the patches."""
         return self.model.select(self.patches)
 
-    def step(self) -> None:
-        """One training step."""
-        index, chosen = self.model.select(self.patches)
-        finish(self.model.loss(self.model.predict(chosen, index), self.targets), self.optimiser)
+    def learn(self, chosen: Any) -> None:
+        """What follows the choice."""
+        index, patches = chosen
+        finish(self.model.loss(self.model.predict(patches, index), self.targets), self.optimiser)
 
 
 def finish(loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
@@ -116,9 +111,9 @@ def finish(loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
     optimiser.step()
 
 
-def steps(side: int, batch: int, keep: int, turns: int, targets: tuple[float, float]) -> Claims:
+def steps(side_of: int, batch: int, keep: int, turns: int, targets: tuple[float, float]) -> Claims:
     """The paper's setting for megapixel digits on images of a side, all sides of the comparison in turn."""
-    images = data.draw(0, batch, side, data.banks()[0])
+    images = data.draw(0, batch, side_of, data.banks()[0])
     labels = data.targets_of([image.labels for image in images])
     bags, patches = data.grids(images), data.dense(images)
     chunk, num = keep, patches.shape[1]
@@ -129,23 +124,25 @@ def steps(side: int, batch: int, keep: int, turns: int, targets: tuple[float, fl
         "bfloat16": Ours(bags, labels, True, keep=keep, chunk=1024, precision="bf16"),
     }
     theirs = Published(data.published_model(keep, chunk, num), patches, labels)
+    sides: dict[str, Ours | Published] = {"published": theirs, **ours}
+    taken: dict[str, dict[str, list[float]]] = {what: {name: [] for name in sides} for what in ("selection", "step")}
+    for one in ours.values():
+        one.learn(one.select())
+    for _ in range(turns):
+        for name, side in sides.items():
+            chosen: list[Any] = []
+            first = cpu_seconds(lambda: chosen.append(side.select()))  # noqa: B023
+            taken["selection"][name].append(first)
+            taken["step"][name].append(first + cpu_seconds(lambda: side.learn(chosen[0])))  # noqa: B023
     claims: Claims = []
-    setting = f"N = {num} (side {side}, {filled:.0%} of the patches not blank), batch {batch}, keep {keep}"
-    for what, goal in zip(("selection", "step"), targets, strict=True):
-        calls: dict[str, Callable[[], object]] = {name: _call(one, what) for name, one in ours.items()}
-        for call in calls.values():
-            call()
-        taken = in_turn({"published": _call(theirs, what), **calls}, turns)
+    setting = f"N = {num} (side {side_of}, {filled:.0%} of the patches not blank), batch {batch}, keep {keep}"
+    for (what, times), goal in zip(taken.items(), targets, strict=True):
         for name in ours:
-            times, spread = speed_up(taken["published"], taken[name])
-            note = f"{setting}: {min(taken['published']):.2f} s against {min(taken[name]):.3f} s, n = {turns}"
+            ratio, spread = speed_up(times["published"], times[name])
+            note = f"{setting}: {min(times['published']):.2f} s against {min(times[name]):.3f} s, n = {turns}"
             title = f"ips.n{num}.{what}.{name}"
-            claims.append(record.claim(title, times, "x", "published loop, float32", goal, spread=spread, note=note))
+            claims.append(record.claim(title, ratio, "x", "published loop, float32", goal, spread=spread, note=note))
     return claims
-
-
-def _call(side: Ours | Published, what: str) -> Callable[[], object]:
-    return side.select if what == "selection" else side.step
 
 
 def warm(num: int, epochs: int, side: int = 32) -> Claims:

@@ -52,7 +52,7 @@ class Sizes:
     pixels: Sequence[int] = (1_000, 10_000, 100_000)
     features: Sequence[int] = (10_000, 100_000, 1_000_000)
     equal: tuple[int, int, int, int] = (512, 16, 20, 3)
-    paper: tuple[int, int, int] = (1500, 16, 3)  # side, batch, turns
+    paper: tuple[int, int, int] = (1500, 16, 2)  # side, batch, turns
     large: tuple[int, int, int] = (5000, 2, 2)
     keep: int = 100
     warm: tuple[int, int] = (10_000, 3)
