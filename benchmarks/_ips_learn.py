@@ -149,13 +149,14 @@ def _learned(side: str, patches: int, runs: Sequence[dict[str, Any]], goal: int 
     means = {key: float(np.mean([one[key] for one in runs])) for key in ("majority", "max", "multi", "recall")}
     means["seconds"] = float(np.mean([one["seconds"] for one in runs]))
     note = "mean " + ", ".join(f"{key} {value:.3g}" for key, value in means.items())
+    note += f"; majority >= {LEARNS} alone: {sum(one['majority'] >= LEARNS for one in runs)} of {len(runs)}"
     found = [one["recall"] for one in runs]
     target = f"{goal} of 20" if goal else "no target: the comparison"
     return record.claim(
         f"ips.needles.n{patches}.{side}".replace(" ", "-"),
         sum(learned),
         f"of {len(runs)} seeds learn",
-        "majority >= 0.9 and recall >= 0.95",
+        f"majority >= {LEARNS} and recall >= {FINDS}",
         target,
         met=goal is None or (len(runs) == 20 and sum(learned) >= goal),
         spread=(min(found), max(found)),
