@@ -41,8 +41,9 @@ published rule before. "all": attention over all patches with gradient, small CN
 "batch": a training step on 16 bags of 250,000 patches of 2,048 features, keep = chunk = 5000. "needles":
 foveate.testing.needles as flat pixels, keep 10, 1,600 bags to train and 200 to test with, 12 epochs, batch 16, AdamW
 1e-3, decay 0.1; every side with the same optimiser and order of data, rank and schedule of ours as the library has them
-when nothing is said; time: of all steps; each bag holds three classes of ten, so that a class which is never looked for
-can be told from its absence, and labels alone ask for a recall of 0.9. "digits": {digits}. Parts were measured at: {commits}.
+when nothing is said; time: of all steps; each bag holds at most three classes of ten, so that one class that is never
+kept can be told from its absence, and the labels alone ask for a recall of 0.9. "digits": {digits}. Parts were measured
+at: {commits}.
 """
 
 
