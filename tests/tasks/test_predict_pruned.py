@@ -100,3 +100,11 @@ def test_a_model_that_does_not_prune_has_no_share(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"keep_ratio=0\.5 of a model that prunes no tokens; leave it out"):
         predict(tmp_path / "run", tmp_path / "data" / "images", tmp_path / "out", keep_ratio=0.5)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_checkpoint_is_scored_at_any_share(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--split", "val", "--keep-ratio", "0.8"]) == 0
+    assert (run / "evaluation" / "val-keep0.8.json").is_file()
+    assert "val-keep0.8.html" in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--split", "val", "--keep-ratio", "1.5"]) == 2
+    assert "predict.keep_ratio=1.5 is no share above 0 and up to 1" in capsys.readouterr().err

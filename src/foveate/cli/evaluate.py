@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from foveate.cli.parser import VerbParser, say
-from foveate.errors import FormatError
+from foveate.cli.parser import VerbParser, number, say
+from foveate.errors import ConfigError, FormatError
 
 
 def run(words: list[str]) -> int:
@@ -13,6 +13,12 @@ def run(words: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     parser.add_argument("--split", default="test", help="which split: train, val or test (default: test)")
     parser.add_argument("--data-root", metavar="DIR", help="where the data is, when it has moved since training")
+    parser.add_argument(
+        "--keep-ratio",
+        metavar="X",
+        type=number,
+        help="share of the tokens that go on at every prune point (default: as in training)",
+    )
     args = parser.parse(words)
 
     from foveate.tasks.fit import task_of_run
@@ -34,8 +40,10 @@ def _masks(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
 
     _, config = load_model(args.run)
     gallery = Gallery(config.data.class_names, groups=config.data.groups)
-    evaluation = evaluate(args.run, split=args.split, data_root=args.data_root, on_image=gallery)
-    page = args.run / "evaluation" / f"{args.split}.html"
+    evaluation = evaluate(
+        args.run, split=args.split, data_root=args.data_root, keep_ratio=args.keep_ratio, on_image=gallery
+    )
+    page = args.run / "evaluation" / f"{evaluation.split}.html"
     run_report(evaluation, gallery).save(page)
     say(str(evaluation))
     say(f"report: {page}")
@@ -44,6 +52,8 @@ def _masks(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
 
 def _labels(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
     """The same for a recognition run."""
+    if args.keep_ratio is not None:
+        raise ConfigError(f"--keep-ratio={args.keep_ratio} is for masks, and {args.run} says labels; leave it out")
     from foveate.tasks.recognition_evaluate import evaluate_labels
 
     evaluation = evaluate_labels(args.run, split=args.split, data_root=args.data_root)

@@ -91,7 +91,10 @@ def create_config(name: str, **overrides: Any) -> ModelConfig:
     try:
         return replace(models[name], **as_tuples(overrides))
     except TypeError as error:
-        raise ConfigError(f"{name} with {overrides}: a value has the wrong type ({error}); give numbers") from None
+        raise ConfigError(
+            f"{name} with {overrides}: a value has the wrong type ({error}); give numbers, and lists for prune_after, "
+            "out_blocks and completion_size"
+        ) from None
 
 
 def create_model(

@@ -114,6 +114,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not path.is_file():
+        raise FormatError(f"{path}: there is no such file; give a checkpoint, or the folder of a run or model")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))

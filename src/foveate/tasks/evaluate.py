@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import ConfigError, FormatError, MissingExtraError
+from foveate.geometry.image import Real
 from foveate.tasks.config import FitConfig, load_config
 from foveate.tasks.data import SegmentationData
 from foveate.tasks.items import SPLITS, find_items, split_items
 from foveate.tasks.metrics import PixelMetrics, interval, mean_known
 from foveate.tasks.predict import Segmented, load_model
+from foveate.tasks.pruning import recorded_pruning
 from foveate.tasks.run import CONFIG, find_model
 from foveate.tasks.scoring import score_item
 
@@ -108,6 +110,7 @@ def evaluate(
     *,
     split: str = "test",
     data_root: str | None = None,
+    keep_ratio: Real | None = None,
     on_image: Callable[[str, Any, Any, Segmented], Any] | None = None,
 ) -> Evaluation:
     """Score the best model of a run on one split, and write ``evaluation/<split>.json`` and ``.txt`` beside it.
@@ -118,6 +121,8 @@ def evaluate(
         run: Run folder.
         split: ``test``, ``val`` or ``train``.
         data_root: Where the data is, when it has moved since training.
+        keep_ratio: Share of the tokens that go on at every prune point of a model that prunes; the files are then
+            called ``<split>-keep<ratio>``. None: as in training.
         on_image: Called with the name, the normalised image, the labels and the result of each image that is held,
             for figures.
 
@@ -125,7 +130,8 @@ def evaluate(
         The scores; ``str()`` of them is a table. An image that cannot be read is named in ``failed``.
 
     Raises:
-        ConfigError: The split is unknown, empty, or has images without a mask.
+        ConfigError: The split is unknown, empty, or has images without a mask; or ``keep_ratio`` is no share, or given
+            for a model that does not prune.
         FormatError: There is no trained model, or not one image can be read.
     """
     if split not in SPLITS:
@@ -136,6 +142,9 @@ def evaluate(
     # the data may have moved since the checkpoint was written, so the run's own file has the last word on the root
     root = data_root or (load_config(run / CONFIG).data.root if (run / CONFIG).is_file() else config.data.root)
     config = replace(config, data=replace(config.data, root=root, cache=0))
+    if keep_ratio is not None:
+        config = replace(config, predict=replace(config.predict, keep_ratio=float(keep_ratio)))
+        recorded_pruning(model, config.predict)
     items = split_items(find_items(config.data), config.data)[split]
     bare = [item.name for item in items if item.mask is None]
     if not items or bare:
@@ -160,7 +169,8 @@ def evaluate(
     if not rows:
         raise FormatError(f"none of the {len(items)} {split} images can be scored (first: {failed[0]}); mend the files")
     classes = tuple(config.data.groups)
-    evaluation = Evaluation(run, split, classes, tuple(rows), _summary(metrics, rows, config), tuple(failed))
+    title = split if keep_ratio is None else f"{split}-keep{keep_ratio:g}"
+    evaluation = Evaluation(run, title, classes, tuple(rows), _summary(metrics, rows, config), tuple(failed))
     evaluation.save(run / "evaluation")
     return evaluation
 
