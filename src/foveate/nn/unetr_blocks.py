@@ -35,7 +35,10 @@ def convolve(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None
         bias: ``[C_out]``.
     """
     if weight.shape[-1] == 1:
-        out: Tensor = _Pointwise.apply(weight.flatten(1), bias, *parts)
+        kind, dtype = parts[0].device.type, parts[0].dtype
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        out: Tensor = _Pointwise.apply(weight.flatten(1), bias, *(part.to(dtype) for part in parts))
         return out
     conv = functional.conv2d if parts[0].ndim == 4 else functional.conv3d
     ends = [0, *accumulate(part.shape[1] for part in parts)]
