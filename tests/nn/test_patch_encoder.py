@@ -198,3 +198,18 @@ def test_bad_settings_are_refused() -> None:
         encoder_of("features")(torch.rand(2, 3, 8, 8))
     with pytest.raises(ShapeError, match=r"patches of \(8, 8\) for an encoder of patch_size=16; cut patches of"):
         encoder_of("vit")(torch.rand(2, 3, 8, 8))
+
+
+def test_long_bags_of_half_precision_features_are_normed_in_blocks_and_learn_as_a_whole() -> None:
+    encoder = encoder_of("features", 5, norm="batch").train()
+    x = torch.rand(5000, 5, generator=torch.Generator().manual_seed(2)).half()
+    goal = torch.rand(5000, 24, generator=torch.Generator().manual_seed(3))
+    found = encoder(x)
+    (found * goal).mean().backward()
+    weight = encoder.get_parameter("net.layers.1.weight")
+    gradient, weight.grad = weight.grad, None
+    expected = encoder.proj(encoder.get_submodule("net.layers")(x.float()))
+    (expected * goal).mean().backward()
+    torch.testing.assert_close(found, expected)
+    assert gradient is not None
+    torch.testing.assert_close(gradient, weight.grad)

@@ -235,7 +235,9 @@ class RecognitionModel(nn.Module):
         device = self.aggregator.attention.query.device
         if not len(chosen.patches):
             return torch.zeros(0, self.config.width, device=device)
-        pixels = as_float(chosen.patches.to(device))
+        pixels = chosen.patches.to(device)
+        if self.config.encoder != "features" or self.config.mean or not pixels.is_floating_point():
+            pixels = as_float(pixels)  # stored features become float32 block by block
         encode: Callable[[Tensor], Tensor] = self.encoder
         x_TD = encode(pixels) if self.training else in_blocks(encode, pixels, block_rows(pixels))
         if self.place is not None and chosen.centres is not None:

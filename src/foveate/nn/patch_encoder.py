@@ -18,6 +18,7 @@ from foveate.nn.resnet import DEPTHS, ResNet
 from foveate.nn.weights import read_state
 
 NORMS = ("group", "batch")
+_FEATURE_ROWS = 4096  # normed at a time, so that there is no second copy of all features in float32
 _NAMES = ("cnn", "vit", *(f"resnet{depth}" for depth in DEPTHS), "features", "timm:NAME")
 
 
@@ -206,7 +207,9 @@ class FeatureProjector(nn.Module):
             raise ShapeError(
                 f"patches of {tuple(x.shape[1:])} for a model of {wanted} features; give features [N, {wanted}]"
             )
-        out: Tensor = self.layers(x)
+        norm, linear, *rest = self.layers
+        rows = [linear(norm(part.to(linear.weight.dtype))) for part in x.split(_FEATURE_ROWS)]
+        out: Tensor = nn.Sequential(*rest)(torch.cat(rows))
         return out
 
     def parts(self) -> list[nn.Module]:
