@@ -8,6 +8,7 @@ IDX files; digits are drawn where it is not set.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,8 @@ from _ips_learn import Digits, Needles
 PROTOCOL = """
 One thread; process CPU time, all sides in turn, least of n turns, spread: least and greatest ratio of one turn. Memory:
 the most that a process of its own ever had (VmHWM) above what it had with everything loaded, that is, behind a training
-step on 8 patches ("step") or with the model built ("select"). Baseline: benchmarks/_published_ips.py, a plain
+step on 8 patches ("step") or with the model built ("select"); glibc gives freed blocks of 256 KiB and more back at once
+(MALLOC_MMAP_THRESHOLD_), else equal runs differ by a tenth ("features" and "all" without). Baseline: benchmarks/_published_ips.py, a plain
 re-implementation of the published loop: float32, all patches of a batch in memory before the time begins, shuffled, the
 buffer topped up chunk by chunk. "memory": ResNet-18 cut behind two stages on drawn patches of 3 x 32^2, batch 2, keep
 512, chunk 256, selection in bfloat16; and stored features (512 wide, float16), batch 4, keep 5000, chunk 4096. "steps":
@@ -82,6 +84,7 @@ QUICK = Sizes(
 )
 Claims = list[dict[str, Any]]
 CHUNK = 1024  # of ours where features are read
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "262144"}  # what is freed is given back, so that equal runs have equal peaks
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Run:
 def job(name: str, **arguments: Any) -> dict[str, Any]:
     """One job in a process of its own."""
     command = [sys.executable, _ips_jobs.__file__, name, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **RETURNED})
     if done.returncode:
         raise RuntimeError(f"{name} {arguments} ended with {done.returncode}: {done.stderr[-2000:]}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
