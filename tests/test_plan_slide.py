@@ -150,7 +150,8 @@ _MEASURE = r"""
 import pathlib, re, sys, torch
 from foveate.models import create_model
 from foveate.tasks.config import config_from_dict, save_config
-from foveate.tasks.predict import SETTINGS, predict
+from foveate.tasks.predict import predict
+from foveate.tasks.trained import SETTINGS
 torch.set_num_threads(1)
 def peak():  # of this program alone; getrusage remembers the peak of the process that started it
     return 1024 * int(re.search(r"VmHWM:\s*(\d+)", pathlib.Path("/proc/self/status").read_text())[1])

@@ -22,7 +22,8 @@ from foveate.models import create_model
 from foveate.tasks import predict as module
 from foveate.tasks.config import save_config
 from foveate.tasks.painting import Painting
-from foveate.tasks.predict import SETTINGS, predict
+from foveate.tasks.predict import predict
+from foveate.tasks.trained import SETTINGS
 from foveate.testing import synthetic_image
 
 SIDE = 1100  # the last tiles are cut

@@ -14,7 +14,8 @@ from tiny_run import tiny_config
 from foveate.errors import FormatError
 from foveate.models import create_model
 from foveate.tasks.config import save_config
-from foveate.tasks.predict import SETTINGS, predict
+from foveate.tasks.predict import predict
+from foveate.tasks.trained import SETTINGS
 
 SHAPE = (20, 24, 17)  # x, y, z
 

@@ -14,9 +14,10 @@ from foveate.models import create_model
 from foveate.nn.pruner import Pruning, Scores
 from foveate.tasks.config import save_config
 from foveate.tasks.figures import BLUE, PURPLE, outlined
-from foveate.tasks.predict import SETTINGS, predict, prepare, segment
+from foveate.tasks.predict import predict, prepare, segment
 from foveate.tasks.pruned_view import describe_left, left_at, pruned_panel
 from foveate.tasks.report import case_panel
+from foveate.tasks.trained import SETTINGS
 
 PRUNED = {"width": 32, "depth": 3, "num_heads": 2, "decoder_width": 8, "patch_size": 4}
 

@@ -17,6 +17,7 @@ from foveate.geometry.source import Box
 from foveate.io.guard import one_line
 from foveate.io.raster import About, check_window, fits_whole
 from foveate.io.spacing import mpp_of
+from foveate.io.stepped import SteppedPlane
 from foveate.io.tensor_file import TensorFile, write_tensors
 
 KIND = "foveate sparse image"
@@ -25,8 +26,10 @@ _STEP = 4  # between levels
 _MOST = 2**40  # pixels
 
 
-class SparseRaster:
+class SparseRaster(SteppedPlane):
     """A plane of one channel, black but for some pixels; what is read of it is made dense, the whole never.
+
+    An image that is soon read has one level, others are also there in 4, 16, ... times fewer pixels.
 
     Args:
         shape: (H, W) in pixels.
@@ -51,15 +54,11 @@ class SparseRaster:
             )
         if len(index) and not (index[0] >= 0 and index[-1] < prod(shape) and bool((np.diff(index) > 0).all())):
             raise ShapeError(f"places of pixels must rise from 0 to {prod(shape) - 1}, without repeats; sort them")
-        self._shape, self.index, self.value, self._spacing = (int(shape[0]), int(shape[1])), index, value, spacing
-        self._steps = [1]
-        while not fits_whole(shape) and max(shape) > _TILE * self._steps[-1]:
-            self._steps.append(self._steps[-1] * _STEP)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Spatial shape (H, W)."""
-        return self._shape
+        steps = [1]
+        while not fits_whole(shape) and max(shape) > _TILE * steps[-1]:
+            steps.append(steps[-1] * _STEP)
+        super().__init__(shape, steps)
+        self.index, self.value, self._spacing = index, value, spacing
 
     @property
     def channels(self) -> int:
@@ -70,16 +69,6 @@ class SparseRaster:
     def dtype(self) -> np.dtype[Any]:
         """Bytes."""
         return np.dtype(np.uint8)
-
-    @property
-    def levels(self) -> tuple[tuple[int, ...], ...]:
-        """Spatial shape of every level: one of an image that is soon read, else those of 4, 16, ... times less."""
-        return tuple(tuple(-(-side // step) for side in self._shape) for step in self._steps)
-
-    @property
-    def downsamples(self) -> tuple[tuple[float, ...], ...]:
-        """Level-0 pixels per pixel of every level, whole numbers."""
-        return tuple((float(step), float(step)) for step in self._steps)
 
     @property
     def spacing(self) -> tuple[float, ...] | None:

@@ -16,6 +16,7 @@ from foveate.errors import ConfigError, ShapeError
 from foveate.geometry.source import Box, level_window
 from foveate.io.raster import About, Raster, about_of, broken_of, check_window
 from foveate.io.spacing import Real, check_mpp, mpp_of
+from foveate.io.stepped import SteppedPlane
 
 Array = NDArray[Any]
 
@@ -24,7 +25,7 @@ _LEAST_TILE = 64
 _SAME = 1e-3  # relative difference of two resolutions that are one
 
 
-class View:
+class View(SteppedPlane):
     """A plane in another number of pixels; see the top of the file.
 
     Its levels are 1, 4, 16, ... times coarser, as long as there are two pixels along each axis. It has the storage,
@@ -46,15 +47,10 @@ class View:
             )
         self._raster = raster
         self._nearest = nearest
-        self._steps = [1]
-        while min(shape) // (self._steps[-1] * _STEP) >= 2:
-            self._steps.append(self._steps[-1] * _STEP)
-        self._shape = (int(shape[0]), int(shape[1]))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Spatial shape (H, W) of level 0."""
-        return self._shape
+        steps = [1]
+        while min(shape) // (steps[-1] * _STEP) >= 2:
+            steps.append(steps[-1] * _STEP)
+        super().__init__(shape, steps)
 
     @property
     def channels(self) -> int:
@@ -65,16 +61,6 @@ class View:
     def dtype(self) -> np.dtype[Any]:
         """Type of the samples, as stored."""
         return self._raster.dtype
-
-    @property
-    def levels(self) -> tuple[tuple[int, ...], ...]:
-        """Spatial shape of every level; a last pixel may reach beyond the edge and stands for what is inside."""
-        return tuple(tuple(-(-side // step) for side in self._shape) for step in self._steps)
-
-    @property
-    def downsamples(self) -> tuple[tuple[float, ...], ...]:
-        """Level-0 pixels per pixel of every level, whole numbers."""
-        return tuple((float(step), float(step)) for step in self._steps)
 
     @property
     def spacing(self) -> tuple[float, ...] | None:

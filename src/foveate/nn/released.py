@@ -20,7 +20,7 @@ from foveate.geometry.leaves import uniform_leaves
 from foveate.geometry.patches import Patches
 from foveate.nn.published import PublishedAssembler, sine_positions
 from foveate.nn.unetr import DenseDecoder
-from foveate.nn.weights import read_state
+from foveate.nn.weights import LACKS, SIZE, UNKNOWN, check_fit, read_state
 
 _PLACES, _LAYER_CODE = "completion_net.completion.pos_embed", r"completion_net\.completion\.layer_tokens\.(\d+)"
 _NOT_WEIGHTS = re.compile(r"encoder\.policy|decoder\.encoder\d\.blocks\.\d+\.1\.conv3\.conv\.weight")
@@ -65,7 +65,11 @@ def load_released(model: nn.Module, source: Path | Mapping[str, Tensor], path: P
     places = state.pop(_PLACES, None)
     state = translate(state, sorted(model.encoder.pruners, key=int), len(decoder.ups))  # type: ignore[union-attr,arg-type]
     ours = model.state_dict()
-    _check(state, ours, path)
+    remedy = (
+        "set patch_size, pos_grid, in_chans, num_classes, width, depth, prune_after, completion_size and decoder to "
+    )
+    complaint = f"{path}: does not fit the model"
+    check_fit(state, ours, complaint, remedy + "those of the weights", (SIZE, LACKS, UNKNOWN))
     if places is not None and assembler is not None:
         _check_places(places, assembler.inner, decoder, path)
     model.load_state_dict({name: state[name].to(value.dtype) for name, value in ours.items()})
@@ -99,23 +103,6 @@ def translate(state: Mapping[str, Tensor], points: list[str], num_ups: int) -> d
     if len({code.shape for code in codes.values()}) == 1:
         named["assembler.codes"] = torch.stack([codes[index] for index in sorted(codes)])
     return named
-
-
-def _check(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], path: Path | str) -> None:
-    missing = [name for name in ours if name not in state]
-    unknown = [name for name in state if name not in ours]
-    wrong = [
-        f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
-        for name, value in ours.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    for what, names in (("has of another size", wrong), ("lacks", missing), ("has the unknown", unknown)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise FormatError(
-                f"{path}: does not fit the model: it {what} {', '.join(names[:3])}{more}; set patch_size, pos_grid, "
-                "in_chans, num_classes, width, depth, prune_after, completion_size and decoder to those of the weights"
-            )
 
 
 def _check_places(places: Tensor, width: int, decoder: DenseDecoder, path: Path | str) -> None:

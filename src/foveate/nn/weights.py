@@ -6,7 +6,7 @@ No timm is needed. Names are translated, the position table and the patch projec
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -88,21 +88,48 @@ def load_weights(encoder: Encoder, path: Path) -> None:
     weight = state.get("patch_embed.proj.weight")
     if weight is not None:
         state["patch_embed.proj.weight"] = _resize_patch(weight, ours["patch_embed.proj.weight"], path)
-    missing = [name for name in ours if name not in state and not name.startswith("geometry_embed.")]
-    unknown = [name for name in state if name not in ours]
-    wrong = [
-        f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
-        for name, value in ours.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    for what, names in (("lacks", missing), ("has the unknown", unknown), ("has of another size", wrong)):
+    remedy = "set width, depth, class_token, num_registers, embed_prefix and layer_scale to those of the checkpoint"
+    optional = [name for name in ours if name.startswith("geometry_embed.")]
+    check_fit({**{name: ours[name] for name in optional}, **state}, ours, f"{path}: does not fit the encoder", remedy)
+    encoder.load_state_dict({**ours, **state})
+
+
+LACKS, UNKNOWN, SIZE = "lacks", "has the unknown", "has of another size"
+
+
+def check_fit(
+    state: Mapping[str, Tensor],
+    ours: Mapping[str, Tensor],
+    complaint: str,
+    remedy: str,
+    order: Sequence[str] = (LACKS, UNKNOWN, SIZE),
+) -> None:
+    """Refuse weights that are not those of a model, by the names of up to three tensors.
+
+    Args:
+        state: the weights.
+        ours: the model's own state.
+        complaint: how the message begins.
+        remedy: how it ends.
+        order: what is said first where several things are wrong.
+
+    Raises:
+        FormatError: tensors are missing, unknown or of another size.
+    """
+    found = {
+        LACKS: [name for name in ours if name not in state],
+        UNKNOWN: [name for name in state if name not in ours],
+        SIZE: [
+            f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
+            for name, value in ours.items()
+            if name in state and state[name].shape != value.shape
+        ],
+    }
+    for what in order:
+        names = found[what]
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise FormatError(
-                f"{path}: does not fit the encoder: it {what} {', '.join(names[:3])}{more}; set width, depth, "
-                "class_token, num_registers, embed_prefix and layer_scale to those of the checkpoint"
-            )
-    encoder.load_state_dict({**ours, **state})
+            raise FormatError(f"{complaint}: it {what} {', '.join(names[:3])}{more}; {remedy}")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -28,12 +28,12 @@ from foveate.nn.patch_encoder import create_patch_encoder, load_patch_weights
 from foveate.nn.stream import encoded
 from foveate.tasks.bags import open_bag
 from foveate.tasks.config import load_as
-from foveate.tasks.infer import SETTINGS
 from foveate.tasks.items import Item
 from foveate.tasks.recognition_settings import RecognitionConfig, TableConfig
 from foveate.tasks.run import find_model
 from foveate.tasks.source import open_native
 from foveate.tasks.table import read_table
+from foveate.tasks.trained import SETTINGS
 
 _SETTINGS = ("patch_size", "stride", "mpp", "tissue", "normalise", "mean", "std", "channels", "broken")
 _AHEAD = 2  # threads that decode while patches are encoded

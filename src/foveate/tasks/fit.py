@@ -5,9 +5,9 @@ from pathlib import Path
 from foveate.errors import FormatError
 from foveate.tasks.checkpoint import find_checkpoint
 from foveate.tasks.config import SEGMENTATION, read_settings, task_of
-from foveate.tasks.infer import SETTINGS
 from foveate.tasks.loop import Loop, LoopResult, Task, on_cpu
 from foveate.tasks.run import CHECKPOINTS, RunConfig, find_model, open_run
+from foveate.tasks.trained import SETTINGS
 
 
 def run_task(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from foveate.errors import FormatError, FoveateError
+from foveate.errors import FoveateError
 from foveate.geometry.leaves import Leaves
 from foveate.geometry.paint import unpatchify
 from foveate.geometry.patches import Patches, patchify
@@ -24,10 +24,8 @@ from foveate.tasks.cut import cut
 from foveate.tasks.painting import Painting
 from foveate.tasks.pruned_view import left_at
 from foveate.tasks.resize import resized_image, resized_spacing, working_shape
-from foveate.tasks.run import find_model
+from foveate.tasks.trained import load_trained
 from foveate.tasks.windows import slide_windows
-
-SETTINGS = "fit.yaml"  # the run's settings, stored with the model so that nothing has to be repeated
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,23 +158,7 @@ def paint(values: Float[Tensor, "L K *P"], leaves: Leaves, shape: Sequence[int])
 
 
 def load_model(path: str | Path) -> tuple[Any, FitConfig]:
-    """Read a trained model and the settings it was trained with.
-
-    Args:
-        path: Run folder (its best model is taken), or a checkpoint's folder.
-
-    Returns:
-        The model in evaluation mode, on the accelerator where there is one, and the settings.
-
-    Raises:
-        FormatError: There is no complete model, or it was saved without its run's settings.
-    """
+    """A segmentation model and its settings, see `load_trained`."""
     from foveate.models import SegmentationModel
 
-    folder = find_model(path)
-    if not (folder / SETTINGS).is_file():
-        raise FormatError(f"{folder}: has no {SETTINGS}, which says how images are prepared; give a run of foveate fit")
-    config = load_config(folder / SETTINGS)
-    model = SegmentationModel.from_pretrained(folder)
-    model.eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), config
+    return load_trained(path, SegmentationModel.from_pretrained, load_config)

@@ -12,30 +12,14 @@ from foveate.errors import ConfigError
 from foveate.tasks.files import (
     SPLITS,
     find_files,
-    group_split_sizes,
-    inside,
-    is_image,
     mask_of,
     read_manifest,
-    read_rows,
     siblings,
     stem_of,
 )
 from foveate.tasks.settings import DataConfig, SplitConfig
 
-__all__ = [
-    "SPLITS",
-    "Item",
-    "assign",
-    "find_items",
-    "group_of",
-    "group_split_sizes",
-    "inside",
-    "is_image",
-    "read_rows",
-    "split_items",
-    "stem_of",
-]
+__all__ = ["SPLITS", "Item", "assign", "find_items", "group_of", "split_items", "stem_of"]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from foveate.nn.pruner import Pruning
 from foveate.tasks.config import FitConfig, TreeConfig
 from foveate.tasks.export import write_outputs
 from foveate.tasks.infer import (
-    SETTINGS,
     Segmented,
     infer,
     left_of,
@@ -57,7 +56,7 @@ from foveate.tasks.settings import PredictConfig
 from foveate.tasks.source import is_large, open_item, open_native, slide_patches, spacing_of, whole_box
 from foveate.tasks.values import normalise, value_range, with_channels
 
-__all__ = ["SETTINGS", "Segmented", "load_model", "logits_of", "paint", "predict", "prepare", "segment"]
+__all__ = ["Segmented", "load_model", "logits_of", "paint", "predict", "prepare", "segment"]
 
 
 def predict(

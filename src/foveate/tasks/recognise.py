@@ -6,6 +6,7 @@ Legend: N patches, Q tasks, K outputs of a task or chosen patches.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,15 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from foveate.errors import FormatError
 from foveate.geometry.patch_source import PatchSource
 from foveate.io.raster import Raster
 from foveate.models.recognition import RecognitionModel
 from foveate.nn.rank import attention_share
 from foveate.tasks.config import load_as
 from foveate.tasks.heatmap import Heat
-from foveate.tasks.infer import SETTINGS
 from foveate.tasks.recognition_settings import LabelSpec, RecognitionConfig
-from foveate.tasks.run import find_model
 from foveate.tasks.targets import NONE, SEPARATOR
+from foveate.tasks.trained import load_trained
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,24 +37,8 @@ class Recognised:
 
 
 def load_recognition(path: str | Path) -> tuple[RecognitionModel, RecognitionConfig]:
-    """Read a trained model and the settings it was trained with.
-
-    Args:
-        path: run folder (its best model is taken), or a checkpoint's folder.
-
-    Returns:
-        The model in evaluation mode, on the accelerator where there is one, and the settings.
-
-    Raises:
-        FormatError: there is no complete model, or it was saved without its run's settings.
-    """
-    folder = find_model(path)
-    if not (folder / SETTINGS).is_file():
-        raise FormatError(f"{folder}: has no {SETTINGS}, which says how images are prepared; give a run of foveate fit")
-    config = load_as(RecognitionConfig, folder / SETTINGS)
-    model = RecognitionModel.from_pretrained(folder)
-    model.eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), config
+    """A recognition model and its settings, see `load_trained`."""
+    return load_trained(path, RecognitionModel.from_pretrained, partial(load_as, RecognitionConfig))
 
 
 def recognise(model: RecognitionModel, source: PatchSource, tasks: Mapping[str, LabelSpec]) -> Recognised:

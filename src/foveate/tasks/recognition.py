@@ -28,13 +28,13 @@ from foveate.tasks.bags import Bags, open_bag
 from foveate.tasks.class_metrics import main_score, score_task
 from foveate.tasks.config import save_config
 from foveate.tasks.fit import run_task
-from foveate.tasks.infer import SETTINGS
 from foveate.tasks.items import Item
 from foveate.tasks.loop import LoopResult
 from foveate.tasks.recognition_settings import RecognitionConfig
 from foveate.tasks.splits import split_rows
 from foveate.tasks.table import Row, read_table
 from foveate.tasks.targets import class_weights, encode, resolve_tasks, task_specs
+from foveate.tasks.trained import SETTINGS
 
 UNREADABLE = (FormatError, MissingExtraError, OSError, MemoryError)
 """What one bad file raises; the others go on without it."""

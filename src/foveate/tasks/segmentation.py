@@ -18,13 +18,13 @@ from foveate.tasks.items import find_items, split_items
 from foveate.tasks.loop import LoopResult
 from foveate.tasks.losses import leaf_loss
 from foveate.tasks.metrics import PixelMetrics, mean_known
-from foveate.tasks.predict import SETTINGS
 from foveate.tasks.pruning import class_shares, draw_pruning, prunes, score_loss, token_worth
 from foveate.tasks.score_targets import NAME as TEACHER
 from foveate.tasks.score_targets import Teacher, apart, load_teacher, loss_worth, save_teacher
 from foveate.tasks.scoring import score_item
 from foveate.tasks.slides import check_large_files
 from foveate.tasks.start import make_model
+from foveate.tasks.trained import SETTINGS
 
 
 class SegmentationTask:
