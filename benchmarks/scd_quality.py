@@ -27,8 +27,8 @@ from _quality_runs import Side, build, run, score, train, with_model
 
 PROTOCOL = """
 Every side trains from scratch on one thread for {seconds:g} CPU seconds of its process (twice that on "organs";
-{short:g} in ablations, without pixels and on "marked"): reading of samples, shifts and contrast, cutting of trees and steps count. Batch 1,
-AdamW, cosine by time, the same order of the data, the same cross entropy and Dice. Learning rates: for every side the
+{short:g} in ablations, without pixels and on "marked"): reading of samples, shifts and contrast, cutting of trees and
+steps count. Batch 1, AdamW, cosine by time, the same order of the data, the same cross entropy and Dice. Learning rates: for every side the
 better of 2e-3 and 4e-3 (UNETR: also 1e-3) on 8 validation volumes of "organs", 32 training volumes, 30 seconds, one
 seed ({rates}). The last weights are scored, once, on test volumes on which nothing was chosen: Dice per volume and
 class in voxels at full resolution. These are seconds of a shared CPU: compared is how far each side gets, not where
