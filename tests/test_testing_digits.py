@@ -12,6 +12,7 @@ import torch
 
 from foveate.errors import BudgetError, ConfigError, FormatError
 from foveate.geometry.patch_source import GridPatches, PatchSource, constant_of
+from foveate.io.geojson import read_marks
 from foveate.io.raster import open_raster
 from foveate.testing.__main__ import main
 from foveate.testing.digits import SIDE, DigitBank, digit_image, read_idx, read_mnist, split_bank, write_digits
@@ -123,6 +124,7 @@ def test_a_data_set_is_a_folder_and_a_table(tmp_path: Path, form: str) -> None:
         assert int(row["top"]) == known["digits"][0]
         assert row["multi"] == ";".join(map(str, sorted(set(known["digits"]))))
         assert int(row["max"]) == max(known["digits"])
+        assert read_marks(tmp_path / "set" / row["marks"]).boxes.reshape(-1, 2, 2).tolist() == known["boxes"]
     with pytest.raises(ConfigError, match="form='jpg' must be 'sparse' or 'png'"):
         write_digits(tmp_path / "other", (1, 0, 0), form="jpg")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from foveate.errors import BudgetError, ConfigError
+from foveate.io.geojson import read_marks
 from foveate.io.raster import open_raster
 from foveate.testing.lesions import KINDS, LesionSlide, write_lesions
 
@@ -75,5 +76,7 @@ def test_a_data_set_is_a_folder_and_a_table(tmp_path: Path) -> None:
     assert [(row["label"], row["split"]) for row in rows] == [("none", "train"), ("none", "test"), ("cluster", "test")]
     truth = [json.loads(line) for line in (tmp_path / "truth.jsonl").read_text().splitlines()]
     assert [len(known["boxes"]) > 0 for known in truth] == [False, False, True]
+    assert [row["marks"] for row in rows] == ["", "", "marks/test-0001.geojson"]
+    assert read_marks(tmp_path / rows[2]["marks"]).boxes.reshape(-1, 2, 2).tolist() == truth[2]["boxes"]
     raster = open_raster(tmp_path / rows[2]["path"])
     assert (raster.shape, len(raster.levels), raster.spacing) == ((SIDE, SIDE), 2, (0.0005, 0.0005))

@@ -15,7 +15,7 @@ from matplotlib.path import Path as Outline
 
 from foveate.errors import ConfigError, FormatError, ShapeError
 from foveate.geometry.rings import Polygons, trace
-from foveate.io.geojson import annotation_classes, read_annotations, write_geojson
+from foveate.io.geojson import annotation_classes, read_annotations, read_marks, write_geojson
 from foveate.io.raster import Raster
 
 CLASSES = {"Tumor": 1, "Stroma": 2}
@@ -331,3 +331,26 @@ def test_refuses_missing_files_and_other_shapes(tmp_path: Path) -> None:
         read_annotations(tmp_path / "none.geojson", CLASSES, (20, 30))
     with pytest.raises(ShapeError, match=r"annotations on an image of shape \(1, 2, 3\); give \(H, W\)"):
         read_annotations(tmp_path / "none.geojson", CLASSES, (1, 2, 3))
+
+
+def test_marks_are_points_and_polygons_one_by_one(tmp_path: Path) -> None:
+    several = {"type": "MultiPolygon", "coordinates": [[square(0, 0, 2)], [square(5, 5, 2), square(5.5, 5.5, 1)]]}
+    shapes = [
+        feature({"type": "Point", "coordinates": [3, 4, 1]}),
+        feature({"type": "MultiPoint", "coordinates": [[1, 2], [7, 8, 0]]}, None),
+        feature({"type": "MultiPoint", "coordinates": []}),
+        feature({"type": "LineString", "coordinates": [[1, 2], [7, 8]]}),
+        feature(several),
+        feature(polygon(square(0, 0, 2)), "Ignore*"),
+    ]
+    found = read_marks(save(tmp_path, collection(*shapes)))
+    assert found.boxes.tolist() == [
+        [4, 3, 4, 3], [2, 1, 2, 1], [8, 7, 8, 7], [0, 0, 2, 2], [5, 5, 7, 7],
+    ]  # fmt: skip
+    assert len(found.rings(4)) == 2
+    assert len(read_marks(save(tmp_path, collection()))) == 0
+    for coordinates, message in (([1], "points that are no pairs"), ([1, "a"], "coordinates that are not lists")):
+        with pytest.raises(FormatError, match=rf"slide.geojson: feature 1 \(Tumor\) has {message}"):
+            read_marks(save(tmp_path, collection(feature({"type": "Point", "coordinates": coordinates}))))
+    with pytest.raises(FormatError, match="is JSON, but no GeoJSON of features"):
+        read_marks(save(tmp_path, [[1, 2]]))

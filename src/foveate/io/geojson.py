@@ -139,6 +139,32 @@ def read_annotations(
     return Annotations(polygons, tuple(shape), spacing, tuple(_notes(polygons, shape, features, lost, unknown)))
 
 
+def read_marks(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Polygons:
+    """Reads places marked in an image, whatever their classes, such as a QuPath export of points or outlines.
+
+    Every point (of a MultiPoint each) and every polygon (of a MultiPolygon each) is one mark. Lines, and features of
+    QuPath's class ``Ignore*``, are none.
+
+    Args:
+        path: GeoJSON as `read_annotations` takes it.
+        max_bytes: Most bytes of text, after gunzip.
+
+    Returns:
+        The marks in their order, a point as a polygon of one point; none of them where the file has no features.
+
+    Raises:
+        FormatError: no GeoJSON; too long; coordinates as in `read_annotations`.
+    """
+    path = Path(path)
+    geometries = [
+        feature.geometry
+        for feature in _features(path, _parsed(path, _text(path, max_bytes)))
+        if feature.name.casefold() != _IGNORE_NAME.casefold()
+    ]
+    places = (place for one in geometries for place in (*one.polygons, *([point] for point in one.points)))
+    return Polygons.of((1, rings) for rings in places)
+
+
 def annotation_classes(classes: Mapping[str, Any]) -> dict[str, int]:
     """Label of each name that an annotation may carry, for classes declared as for ``ClassTable``.
 
@@ -197,11 +223,12 @@ def _closed(ring: Array) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Geometry:
-    """Polygons of a geometry, how many other shapes it has, and what is wrong with it."""
+    """Polygons of a geometry, how many other shapes it has, what is wrong with it, and its points ``[1, 2]``."""
 
     polygons: list[list[Array]]
     others: int = 0
     wrong: str = ""
+    points: tuple[Array, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,12 +271,16 @@ def _compact(record: dict[str, Any]) -> Any:
     kind = record.get("type")
     if kind in ("Polygon", "MultiPolygon") and "coordinates" in record:
         return _polygons(record["coordinates"], kind == "MultiPolygon")
+    if kind in ("Point", "MultiPoint") and "coordinates" in record:
+        return _points(record["coordinates"], kind == "MultiPoint")
     if kind in ("Point", "MultiPoint", "LineString", "MultiLineString"):
         return _Geometry([], 1)
     if kind == "GeometryCollection":
         parts = [part for part in record.get("geometries") or () if isinstance(part, _Geometry)]
         wrong = "".join([part.wrong for part in parts if part.wrong][:1])
-        return _Geometry([one for part in parts for one in part.polygons], sum(part.others for part in parts), wrong)
+        points = tuple(point for part in parts for point in part.points)
+        polygons = [one for part in parts for one in part.polygons]
+        return _Geometry(polygons, sum(part.others for part in parts), wrong, points)
     if kind == "Feature":
         geometry = record.get("geometry")
         if not isinstance(geometry, _Geometry):
@@ -278,12 +309,24 @@ def _polygons(coordinates: Any, several: bool) -> _Geometry:
     return _Geometry(polygons, int(not polygons))
 
 
+def _points(coordinates: Any, several: bool) -> _Geometry:
+    """The points of a Point or a MultiPoint, which have no area, or what is wrong with them."""
+    try:
+        given = [point for point in (coordinates if several else [coordinates]) if point]
+        points = _pairs(given)[:, 1::-1] if given else np.empty((0, 2))
+    except _Wrong as wrong:
+        return _Geometry([], 1, str(wrong))
+    except DECODER_ERRORS:
+        return _Geometry([], 1, "coordinates that are not lists of numbers")
+    return _Geometry([], 1, "", tuple(points[:, None]))
+
+
 class _Wrong(Exception):
-    """What is wrong with a ring."""
+    """What is wrong with a ring or a point."""
 
 
-def _ring(given: Any) -> Array:
-    """Points (y, x) of a ring, not closed."""
+def _pairs(given: Any) -> Array:
+    """Points (x, y[, z]) as numbers."""
     try:
         points = np.array(given, np.float64)
     except ValueError:  # points of two numbers and of three
@@ -292,6 +335,12 @@ def _ring(given: Any) -> Array:
         raise _Wrong("a ring without points" if not points.size else "points that are no pairs of numbers")
     if not (np.abs(points) <= FARTHEST).all():
         raise _Wrong("coordinates that are not finite, or farther than 2^31 pixels")
+    return points
+
+
+def _ring(given: Any) -> Array:
+    """Points (y, x) of a ring, not closed."""
+    points = _pairs(given)
     if len(points) > 1 and (points[0] == points[-1]).all():
         points = points[:-1]
     if len(points) < 3:

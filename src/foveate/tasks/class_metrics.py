@@ -62,6 +62,18 @@ def score_task(
     return {name: _interval(measure, said, truth, draws) for name, measure in _MEASURES[kind].items()}
 
 
+def mean_score(values: Float[np.ndarray, " B"], *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, float]:
+    """Mean over images with its interval, as `score_task` gives them.
+
+    Args:
+        values: of each image.
+        resamples: as in `score_task`, as is ``seed``.
+    """
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, max(len(values), 1), (resamples if len(values) > 1 else 0, len(values)))
+    return _interval(lambda said, _: float(said.mean()), values, values, draws)
+
+
 def _interval(measure: Measure, said: Array, truth: Array, draws: Int64[np.ndarray, "R B"]) -> dict[str, float]:
     values = np.array([measure(said[draw], truth[draw]) for draw in draws])
     values = values[~np.isnan(values)]

@@ -221,6 +221,8 @@ class Loop:
         if self.position.step % _LOG_EVERY == 0 or self.position.batch >= num_batches:
             self.metrics.flush(self.position, rate)
         text = f"epoch {self.position.epoch} step {self.position.step} loss {sum(terms.values()):.4f}"
+        last = {name: self._scores[name] for name in (self.task.score, "needle_recall") if name in self._scores}
+        text += "".join(f" {name.replace('_', ' ')} {value:.3f}" for name, value in last.items())
         progress.show(run_share(self.config, self.position, num_batches), text)
 
     def _step(self, micro: list[tuple[Any, bool]]) -> dict[str, float]:

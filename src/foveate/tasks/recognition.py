@@ -30,6 +30,7 @@ from foveate.tasks.config import save_config
 from foveate.tasks.fit import run_task
 from foveate.tasks.items import Item
 from foveate.tasks.loop import LoopResult
+from foveate.tasks.marks import CEILING, RECALL, marks_of, needle_recall
 from foveate.tasks.recognition_settings import RecognitionConfig
 from foveate.tasks.splits import split_rows
 from foveate.tasks.table import Row, read_table
@@ -47,6 +48,7 @@ class BagBatch:
     chosen: Chosen | None  # None where not one image could be read
     targets: Mapping[str, Tensor]
     names: tuple[str, ...]
+    needles: tuple[Mapping[str, float], ...] = ()  # what `needle_recall` says of the images with marks
 
 
 class RecognitionTask:
@@ -74,6 +76,7 @@ class RecognitionTask:
         self.specs = {spec.name: spec for spec in model.config.tasks}
         self.targets = {kind: encode(rows, config.data.tasks) for kind, rows in self.rows.items()}
         self.class_weights = class_weights(config.data.tasks, self.targets["train"])
+        self.marks = {row.item.name: marks_of(row) for row in self.rows["val"]}
         self.num_items = len(self.rows["train"])
         self.skipped: dict[str, str] = {}
         every = config.select.warm_start
@@ -110,19 +113,23 @@ class RecognitionTask:
     def _batch(self, kind: str, items: Sequence[int], bags: Iterable[Any], keep: int, epoch: int | None) -> BagBatch:
         """Choose from every bag that can be read; with ``eager`` loading all of them are in memory before."""
         bags = list(bags) if self.config.data.loading == "eager" else bags
-        chosen, seen = [], []
+        chosen, seen, needles = [], [], []
         for item, bag in zip(items, bags, strict=True):
             row = self.rows[kind][item]
             try:
                 if isinstance(bag, Exception):
                     raise bag
-                chosen.append(self._varied(self._choose(kind, row, bag, keep), row, epoch))
+                picked = self._choose(kind, row, bag, keep)
+                marks = self.marks[row.item.name] if kind == "val" else None
+                needles.append(needle_recall(marks, picked.selections[0].index, bag, row, self.config.data))
+                chosen.append(self._varied(picked, row, epoch))
                 seen.append(item)
             except UNREADABLE as error:
                 self._skip(kind, row, error)
         index = torch.tensor(seen, dtype=torch.int64)
         targets = {name: target[index] for name, target in self.targets[kind].items()}
-        return BagBatch(join(chosen), targets, tuple(self.rows[kind][item].item.name for item in seen))
+        names = tuple(self.rows[kind][item].item.name for item in seen)
+        return BagBatch(join(chosen), targets, names, tuple(one for one in needles if one))
 
     def _choose(self, kind: str, row: Row, bag: PatchSource, keep: int) -> Chosen:
         if self.warm is None or kind != "train":
@@ -182,11 +189,12 @@ class RecognitionTask:
         return each / len(self.specs)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Loss and scores of every task on the validation images, without intervals."""
+        """Loss and scores of every task on the validation images, without intervals, and needle recall."""
         rows = self.rows["val"]
         if not rows:
             return {}
         losses, said, index = [], list[dict[str, Tensor]](), list[int]()
+        needles = list[Mapping[str, float]]()
         plan = [[item] for item in range(len(rows))]
         for item, batch in enumerate(self._chosen("val", plan, self.config.select.keep, None)):
             if batch.chosen is None:
@@ -195,12 +203,15 @@ class RecognitionTask:
             losses.append(sum(float(self._losses(spec, logits[name], batch)) for name, spec in self.specs.items()))
             said.append({name: spec.predict(logits[name]) for name, spec in self.specs.items()})
             index.append(item)
+            needles += batch.needles
         values = {"val_loss": sum(losses) / len(losses)}
         scores = {}
         for name, spec in self.specs.items():
             truth = self.targets["val"][name][index].numpy()
             scores[name] = score_task(spec.kind, torch.cat([one[name] for one in said]).numpy(), truth, resamples=0)
             values |= {f"{name}_{measure}": found["mean"] for measure, found in scores[name].items()}
+        for name in needles[0] if needles else ():
+            values[name] = sum(one[name] for one in needles) / len(needles)
         if self.coverage:
             for name in ("looked", "missed"):
                 values[name] = sum(getattr(one, name) for one in self.coverage) / len(self.coverage)
@@ -263,7 +274,9 @@ class FitResult:
             f"{position.seconds:.0f} s of training"
         )
         if scores:
-            text += f"; best val score {position.best:.3f} at step {position.best_step} (last {scores['score']:.3f})"
+            needle = f", needle recall {scores[RECALL]:.3f} of {scores[CEILING]:.3f}" if RECALL in scores else ""
+            text += f"; best val score {position.best:.3f} at step {position.best_step} (last {scores['score']:.3f}"
+            text += f"{needle})"
         return text + (f"; {len(self.skipped)} images skipped (first: {self.skipped[0]})" if self.skipped else "")
 
 

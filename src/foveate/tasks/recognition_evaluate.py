@@ -5,7 +5,7 @@ Legend: B images, K outputs of a task.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import numpy as np
 from foveate.errors import ConfigError, FormatError
 from foveate.io.write import atomic_write, write_json
 from foveate.tasks.bags import open_bag
-from foveate.tasks.class_metrics import score_task
+from foveate.tasks.class_metrics import mean_score, score_task
 from foveate.tasks.config import load_as
 from foveate.tasks.figures import training_curves
 from foveate.tasks.items import SPLITS
+from foveate.tasks.marks import CEILING, RECALL, marks_of, needle_recall
 from foveate.tasks.recognise import label_of, load_recognition, recognise
 from foveate.tasks.recognition import UNREADABLE, feature_width, skipped_line, to_stderr
 from foveate.tasks.recognition_settings import LabelSpec, RecognitionConfig
@@ -26,6 +27,11 @@ from foveate.tasks.run import CONFIG, METRICS, read_metrics
 from foveate.tasks.splits import split_rows
 from foveate.tasks.table import read_table
 from foveate.tasks.targets import encode
+
+NEEDLES = (
+    "Needle recall: share of the marked places held by a chosen patch (the centre of one lies in the other), mean over "
+    "the images with marks; its ceiling: what the best choice of as many patches could hold."
+)
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,11 @@ class LabelEvaluation:
     scores: Mapping[str, Mapping[str, Mapping[str, float]]]  # task -> measure -> mean, low, high, num
     rows: tuple[Mapping[str, Any], ...]  # per image: name, truth and said of every task, patches, seconds
     failed: tuple[str, ...] = ()  # one line per image that could not be read, and is in no score
+    needles: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # recall and its ceiling, of all marked
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """One row per task and measure."""
+        """One row per task and measure, and where images have marks the recall of these, of no task."""
         return [
             {
                 "task": task,
@@ -50,7 +57,7 @@ class LabelEvaluation:
                 "high": one["high"],
                 "n": one["num"],
             }
-            for task, measures in self.scores.items()
+            for task, measures in {**self.scores, **({"-": self.needles} if self.needles else {})}.items()
             for name, one in measures.items()
         ]
 
@@ -59,14 +66,14 @@ class LabelEvaluation:
         lines.append(f"{self.run}, {len(self.rows)} {self.split} images (95 % intervals by bootstrap over images)")
         for row in self.table:
             value, low, high = (format_cell(row[key]) for key in ("value", "low", "high"))
-            lines.append(f"{row['task']:<16}{row['measure']:<20}{value:>8}   {low} to {high}")
+            lines.append(f"{row['task']:<16}{row['measure']:<24}{value:>8}   {low} to {high}")
         return "\n".join(lines)
 
     def save(self, folder: Path) -> Path:
         """Write ``<split>.json``, ``.txt`` and ``.html`` into a folder, and return the page."""
         folder.mkdir(parents=True, exist_ok=True)
-        plain = {"run": str(self.run), "split": self.split, "scores": self.scores, "images": self.rows}
-        write_json(folder / f"{self.split}.json", {**plain, "failed": self.failed})
+        plain = {"run": str(self.run), "split": self.split, "scores": self.scores, **self.needles}
+        write_json(folder / f"{self.split}.json", {**plain, "images": self.rows, "failed": self.failed})
         with atomic_write(folder / f"{self.split}.txt") as file:
             file.write(f"{self}\n".encode())
         self.report().save(folder / f"{self.split}.html")
@@ -79,7 +86,7 @@ class LabelEvaluation:
             records = read_metrics(self.run / METRICS)
             curves = [("training", training_curves({self.run.name: records}, score="score"))]
         wrong = [row for row in self.rows if any(row[task] != row[f"{task} said"] for task in self.scores)]
-        notes = ["Intervals: 95 %, by bootstrap over images."]
+        notes = ["Intervals: 95 %, by bootstrap over images.", *([NEEDLES] if self.needles else [])]
         notes += [f"Not got right: {json.dumps(row, ensure_ascii=False)}" for row in wrong[:20]]
         settings = self.run / CONFIG
         return Report(
@@ -120,12 +127,14 @@ def evaluate_labels(
     rows = split_rows(read_table(data), data)[split]
     if not rows:
         raise ConfigError(f"the {split} split has 0 images; change data.split, or choose another --split")
-    truth = encode(rows, data.tasks)
+    truth, marks = encode(rows, data.tasks), [marks_of(row) for row in rows]
     found, seen = list[dict[str, Any]](), list[int]()
     lines, failed = list[dict[str, Any]](), list[str]()
     for number, row in enumerate(rows):
         try:
-            one = recognise(model, open_bag(row.item, data, width=feature_width(model)), data.tasks)
+            bag = open_bag(row.item, data, width=feature_width(model))
+            one = recognise(model, bag, data.tasks)
+            recall = needle_recall(marks[number], one.index, bag, row, data)
         except UNREADABLE as error:
             failed.append(skipped_line(row.item, error))
             (warn or to_stderr)(f"foveate: skipped {failed[-1]}")
@@ -135,14 +144,16 @@ def evaluate_labels(
         line: dict[str, Any] = {"image": row.item.name, "patches": len(one.share), "seconds": round(one.seconds, 3)}
         for name, spec in data.tasks.items():
             line |= {name: row.labels[name], f"{name} said": label_of(one.said[name], spec)}
-        lines.append(line)
+        lines.append(line | recall)
     if not found:
         raise FormatError(f"none of the {len(rows)} {split} images can be scored (first: {failed[0]}); mend the files")
     scores = {
         name: score_task(spec.kind, np.stack([said[name] for said in found]), _truth(truth[name][seen].numpy(), spec))
         for name, spec in data.tasks.items()
     }
-    evaluation = LabelEvaluation(run, split, scores, tuple(lines), tuple(failed))
+    known = [line for line in lines if RECALL in line]
+    needles = {name: mean_score(np.array([line[name] for line in known])) for name in (RECALL, CEILING) if known}
+    evaluation = LabelEvaluation(run, split, scores, tuple(lines), tuple(failed), needles)
     evaluation.save(run / "evaluation")
     return evaluation
 

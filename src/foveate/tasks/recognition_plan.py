@@ -40,6 +40,9 @@ def plan_table(config: RecognitionConfig) -> str:
         there = Counter(part for row in split["train"] for part in parts_of(row.labels[name], spec))
         shown = ", ".join(f"{label} {count}" for label, count in sorted(there.items())[:12])
         lines.append(f"task {name}: {spec.kind}, {len(spec.names) or 1} outputs; in training {shown}")
+    marked = sum(row.marks is not None for row in rows)
+    if marked:
+        lines.append(f"marks: {marked} of {len(rows)} rows say where the evidence lies, which gives needle_recall")
     sizes, first = [], None
     for place in np.unique(np.linspace(0, len(rows) - 1, _LOOKED).astype(int)):
         try:

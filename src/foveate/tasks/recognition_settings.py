@@ -104,7 +104,7 @@ class TableConfig:
     root: str = "."
     """Folder that all other paths are relative to; nothing outside it is read."""
     table: str = "labels.csv"
-    """CSV (or JSONL) with the column path and one for every task and, as needed, id, group, split and mpp."""
+    """CSV (or JSONL) with the column path and one for every task and, as needed, id, group, split, mpp and marks."""
     tasks: dict[str, LabelSpec] = field(default_factory=lambda: {"label": LabelSpec()})
     """What to recognise, by name, such as ``{majority: {kind: classes}, multi: {kind: labels}}``."""
     missing: str = "error"

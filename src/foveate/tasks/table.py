@@ -11,6 +11,9 @@ from foveate.tasks.files import group_split_sizes, inside, read_rows, stem_of
 from foveate.tasks.items import Item, group_of
 from foveate.tasks.recognition_settings import TableConfig
 
+MARKS = "marks"
+"""Column that names, for each image, where the evidence lies; unless a task has it."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -21,11 +24,13 @@ class Row:
             run is about features, the file is the bag.
         labels: text of every task's column, empty where nobody knows.
         number: of the row in the table, from 1.
+        marks: GeoJSON that says where in the image the evidence lies, where the column ``marks`` names one.
     """
 
     item: Item
     labels: Mapping[str, str]
     number: int
+    marks: Path | None = None
 
 
 def read_table(data: TableConfig, *, labelled: bool = True) -> tuple[Row, ...]:
@@ -37,7 +42,8 @@ def read_table(data: TableConfig, *, labelled: bool = True) -> tuple[Row, ...]:
 
     Raises:
         ConfigError: the root is no folder, or two rows have one id.
-        FormatError: the table is unreadable, lacks a column or a label, or names a file outside the root.
+        FormatError: the table is unreadable, lacks a column or a label, or names a file outside the root or marks that
+            are not there.
     """
     root = Path(data.root)
     if not root.is_dir():
@@ -48,7 +54,7 @@ def read_table(data: TableConfig, *, labelled: bool = True) -> tuple[Row, ...]:
         raise FormatError(f"{path} has no rows: name at least one image")
     columns = ["path"] if data.features is None or "id" not in given[0] else ["id"]
     if labelled:
-        columns += [spec.column or name for name, spec in data.tasks.items()]
+        columns += _columns(data)
     lost = next((column for column in columns if column not in given[0]), None)
     if lost is not None:
         raise FormatError(
@@ -80,7 +86,26 @@ def _row(root: Path, path: Path, number: int, given: Mapping[str, Any], data: Ta
                 f"{where} ({name}) has no label in column {spec.column or task!r}: write one, remove the row, or set "
                 "data.missing to ignore"
             )
-    return Row(item, labels, number)
+    marks = None if not labelled or MARKS in _columns(data) else _marks(root, where, given)
+    return Row(item, labels, number, marks)
+
+
+def _columns(data: TableConfig) -> list[str]:
+    """Columns of the tasks."""
+    return [spec.column or name for name, spec in data.tasks.items()]
+
+
+def _marks(root: Path, where: str, given: Mapping[str, Any]) -> Path | None:
+    text = str(given.get(MARKS) or "").strip()
+    if not text:
+        return None
+    path = inside(root, text, where)
+    if not path.is_file():
+        raise FormatError(
+            f"{where} has {MARKS}={text!r}, and there is no such file: name a GeoJSON below data.root, or leave it "
+            "empty"
+        )
+    return path
 
 
 def _refuse_twice(path: Path, rows: list[Row]) -> None:

@@ -18,6 +18,8 @@ from jaxtyping import Int64, UInt8
 from numpy.typing import NDArray
 
 from foveate.errors import BudgetError, ConfigError
+from foveate.geometry.rings import Polygons
+from foveate.io.geojson import write_geojson
 from foveate.io.guard import bad_file
 from foveate.io.sparse_image import SparseRaster, write_sparse
 from foveate.io.write import atomic_write, write_jsonl, write_png
@@ -190,7 +192,8 @@ def write_digits(
     scale_noise: bool = False,
     form: str = "sparse",
 ) -> Path:
-    """Write a data set: ``images/``, ``labels.csv`` (path, four labels, split) and ``truth.jsonl`` (digits, boxes).
+    """Write a data set: ``images/``, ``marks/`` (where the digits lie, as GeoJSON), ``labels.csv`` (path, four labels,
+    marks, split) and ``truth.jsonl`` (digits, boxes).
 
     Args:
         folder: made where it does not exist.
@@ -211,7 +214,7 @@ def write_digits(
         raise ConfigError(f"form={form!r} must be 'sparse' or 'png'")
     root = Path(folder)
     (root / "images").mkdir(parents=True, exist_ok=True)
-    rows, truth = ["path,majority,max,top,multi,split"], []
+    rows, truth = ["path,majority,max,top,multi,marks,split"], []
     banks = digits or (None, None, None)
     for part, (split, count) in enumerate(zip(SPLITS, counts, strict=True)):
         for number in range(count):
@@ -223,12 +226,35 @@ def write_digits(
                 write_sparse(root / name, drawn.pixels)
             found = drawn.labels
             multi = ";".join(map(str, found["multi"]))
-            rows.append(f"{name},{found['majority']},{found['max']},{found['top']},{multi},{split}")
+            marks = write_marks(root, f"{split}-{number:05d}", drawn.boxes, "digit")
+            rows.append(f"{name},{found['majority']},{found['max']},{found['top']},{multi},{marks},{split}")
             truth.append({"path": name, "digits": drawn.digits, "boxes": drawn.boxes})
     write_jsonl(root / "truth.jsonl", truth)
     with atomic_write(root / "labels.csv") as file:
         file.write(("\n".join(rows) + "\n").encode())
     return root / "labels.csv"
+
+
+def write_marks(root: Path, name: str, boxes: Int64[np.ndarray, "G 2 2"], kind: str) -> str:
+    """Write boxes as GeoJSON into ``marks/`` of a data set, as outlines that somebody drew.
+
+    Args:
+        root: folder of the set.
+        name: of the image.
+        boxes: (start, stop) in pixels.
+        kind: class of all of them.
+
+    Returns:
+        The path below the root.
+
+    Raises:
+        FormatError: the file exists or cannot be written.
+    """
+    (root / "marks").mkdir(exist_ok=True)
+    path = f"marks/{name}.geojson"
+    outlines = [np.array([(y, x), (y, right), (bottom, right), (bottom, x)]) for (y, x), (bottom, right) in boxes]
+    write_geojson(root / path, Polygons.of((1, [ring.astype(np.int32)]) for ring in outlines), ["background", kind])
+    return path
 
 
 def split_bank(digits: DigitBank, test: DigitBank | None = None) -> tuple[DigitBank, DigitBank, DigitBank]:

@@ -15,7 +15,7 @@ from foveate.errors import BudgetError, ConfigError
 from foveate.geometry.source import Box
 from foveate.io.pyramid import write_pyramid
 from foveate.io.write import atomic_write, write_jsonl
-from foveate.testing.digits import SPLITS
+from foveate.testing.digits import SPLITS, write_marks
 from foveate.testing.slides import GLASS, RATIO, TISSUE, SyntheticSlide
 
 KINDS = ("none", "cluster", "ring")
@@ -130,7 +130,9 @@ def _draw(rng: np.random.Generator, name: str, corner: NDArray[np.int64], size: 
 def write_lesions(
     folder: str | Path, counts: tuple[int, int, int], side: int = 4096, *, seed: int = 0, tile: int = 256
 ) -> Path:
-    """Write a data set: pyramids in ``slides/``, ``labels.csv`` (path, label, split) and ``truth.jsonl`` (boxes).
+    """Write a data set: pyramids in ``slides/``, ``labels.csv`` (path, label, marks, split), ``truth.jsonl`` (boxes).
+
+    Where there are lesions, ``marks`` names the GeoJSON of their places, in ``marks/``.
 
     Args:
         folder: made where it does not exist.
@@ -150,7 +152,7 @@ def write_lesions(
     """
     root = Path(folder)
     (root / "slides").mkdir(parents=True, exist_ok=True)
-    rows, truth = ["path,label,split"], []
+    rows, truth = ["path,label,marks,split"], []
     for part, (split, count) in enumerate(zip(SPLITS, counts, strict=True)):
         for number in range(count):
             slide = LesionSlide(side, (seed * 3 + part) * 10**7 + number, KINDS[number % len(KINDS)])
@@ -159,7 +161,8 @@ def write_lesions(
                 root / name, slide.pixels, shape=(side, side), dtype=np.uint8, channels=3, tile=tile, ratio=RATIO,
                 spacing=(0.0005, 0.0005), kind="tiff", compression="jpeg", quality=90, reduce="mean",
             )  # fmt: skip
-            rows.append(f"{name},{slide.kind},{split}")
+            marks = write_marks(root, f"{split}-{number:04d}", slide.boxes, slide.kind) if len(slide.boxes) else ""
+            rows.append(f"{name},{slide.kind},{marks},{split}")
             truth.append({"path": name, "label": slide.kind, "boxes": slide.boxes})
     write_jsonl(root / "truth.jsonl", truth)
     with atomic_write(root / "labels.csv") as file:
