@@ -141,7 +141,7 @@ def test_summary_means_over_images_and_pooled_over_pixels() -> None:
         metrics.update(str(k), guess, truth)
     found = metrics.summarise()
     assert found["dice"]["mean"]["mean"] == pytest.approx((1 + 2 / 3) / 2)
-    assert found["dice"]["cell"]["low"] < found["dice"]["cell"]["mean"] < found["dice"]["cell"]["high"]
+    assert 0 <= found["dice"]["cell"]["low"] < found["dice"]["cell"]["mean"] < found["dice"]["cell"]["high"] <= 1
     assert found["pooled_dice"]["cell"] == pytest.approx(2 * 150 / 350)
     assert found["hd95"]["cell"]["num"] == 0
     assert found["hd95_unit"] == "mm"
@@ -154,6 +154,10 @@ def test_interval_is_students_t() -> None:
     assert found["high"] - 2 == pytest.approx(4.302652729696142 / math.sqrt(3))
     assert math.isnan(interval([5.0])["low"])
     assert math.isnan(interval([])["mean"])
+    dice = interval([0.99, 0.6, 0.98], most=1.0)  # a t interval knows no bounds: here it would end at 1.4
+    assert dice["high"] == 1
+    assert 0.3 < dice["low"] < dice["mean"]
+    assert interval([0.0, 0.5])["low"] == 0
     assert mean_known({"a": 1.0, "b": math.nan}) == 1
     assert math.isnan(mean_known([math.nan]))
 

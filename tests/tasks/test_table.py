@@ -1,4 +1,5 @@
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import torch
 
 from foveate.errors import ConfigError, FormatError
 from foveate.tasks.config import config_from_dict
-from foveate.tasks.recognition_settings import LabelSpec, RecognitionConfig, SelectConfig, TableConfig
+from foveate.tasks.recognition_settings import _UNUSED, LabelSpec, RecognitionConfig, SelectConfig, TableConfig
+from foveate.tasks.settings import TrainConfig
 from foveate.tasks.table import read_table
 from foveate.tasks.targets import class_weights, encode, resolve_tasks, task_specs
 
@@ -149,6 +151,8 @@ def test_bad_labels(tmp_path: Path, spec: dict[str, Any], labels: str, message: 
         ({"select": {"rule": "buffered", "rank": "best"}}, "the published rule 'buffered' ranks by the mean"),
         ({"train": {"epochs": None, "minutes": 1.0}}, "select.keep_start needs train.epochs"),
         ({"train": {"dice_weight": 0.5}}, "train.dice_weight has no meaning in a recognition run"),
+        ({"train": {"score_target": "loss"}}, "train.score_target has no meaning in a recognition run: leave it out"),
+        ({"train": {"trim": 4}}, "train.trim has no meaning in a recognition run: leave it out"),
         ({"train": {"class_weights": [1.0]}}, "data.tasks.NAME.class_weights is meant"),
         ({"task": "detection"}, "task='detection' is none of recognition"),
     ],
@@ -162,3 +166,21 @@ def test_keep_falls_by_equal_factors() -> None:
     select = SelectConfig(keep=10, keep_start=80, anneal=0.5)
     assert [select.schedule(12).at(epoch) for epoch in (0, 2, 4, 6, 11)] == [80, 40, 20, 10, 10]
     assert math.isclose(select.start, 80)
+
+
+def test_every_setting_of_training_is_used_or_refused() -> None:
+    used = {
+        "epochs",
+        "max_steps",
+        "minutes",
+        "patience",
+        "eval_every",
+        "eval_first",
+        "batch_size",
+        "accumulate",
+        "clip",
+    }
+    used |= {"lr", "weight_decay", "betas", "layer_decay", "warmup", "schedule", "precision"}  # loop and optimiser
+    used |= {"seed", "augment", "num_workers", "tracker"}
+    assert {one.name for one in fields(TrainConfig)} == used | set(_UNUSED)
+    assert not used & set(_UNUSED)

@@ -177,8 +177,8 @@ def evaluate(
 
 def _summary(metrics: PixelMetrics, rows: Sequence[Mapping[str, Any]], config: FitConfig) -> dict[str, Any]:
     classes = tuple(config.data.groups)
-    ceiling = {name: interval([row["ceiling"][name] for row in rows]) for name in classes}
-    ceiling["mean"] = interval([mean_known(row["ceiling"]) for row in rows])
+    ceiling = {name: interval([row["ceiling"][name] for row in rows], most=1.0) for name in classes}
+    ceiling["mean"] = interval([mean_known(row["ceiling"]) for row in rows], most=1.0)
     tokens = [row["tokens"] for row in rows]
     return {
         **metrics.summarise(),

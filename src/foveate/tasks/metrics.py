@@ -143,10 +143,10 @@ class PixelMetrics:
 
         Returns:
             ``num_images``; ``hd95_unit``; per measure a dictionary from class to ``{"mean", "low", "high", "num"}``
-            (Student's t over the images that score it; ``low`` and ``high`` are NaN below two images), and under
-            ``"mean"`` the same for the mean over classes of each image; ``pooled_dice`` per class over all pixels
-            together; ``missed`` and ``invented`` images per class. Where only some images have a spacing, distances
-            have no mean.
+            (Student's t over the images that score it, within the range of the measure; ``low`` and ``high`` are NaN
+            below two images), and under ``"mean"`` the same for the mean over classes of each image; ``pooled_dice``
+            per class over all pixels together; ``missed`` and ``invented`` images per class. Where only some images
+            have a spacing, distances have no mean.
         """
         scored = self.class_names[1:]
         units = set(self._units) or {"px" if self.spacing is None else "mm"}
@@ -159,8 +159,9 @@ class PixelMetrics:
             table = np.array([[row[measure][name] for name in scored] for row in self.rows]).reshape(-1, len(scored))
             if measure == "hd95" and len(units) > 1:
                 table = np.full_like(table, np.nan)
-            result[measure] = {name: interval(table[:, k]) for k, name in enumerate(scored)}
-            result[measure]["mean"] = interval(_row_means(table))
+            most = math.inf if measure == "hd95" else 1.0
+            result[measure] = {name: interval(table[:, k], most=most) for k, name in enumerate(scored)}
+            result[measure]["mean"] = interval(_row_means(table), most=most)
         result["pooled_dice"] = {
             name: _dice_iou(*(int(count) for count in self._pixels[label]))[0]
             for label, name in enumerate(self.class_names)
@@ -212,12 +213,15 @@ def _dice_iou(both: int, one: int, two: int) -> tuple[float, float]:
     return 2 * both / (one + two), both / (one + two - both)
 
 
-def interval(values: Sequence[float] | Float[NumpyArray, " n"], level: float = 0.95) -> dict[str, float]:
-    """Mean of the values that are numbers, with Student's t interval.
+def interval(
+    values: Sequence[float] | Float[NumpyArray, " n"], level: float = 0.95, *, most: float = math.inf
+) -> dict[str, float]:
+    """Mean of the values that are numbers, with Student's t interval, cut off at 0 and at ``most``.
 
     Args:
-        values: one value per image; NaN is left out.
+        values: one value per image, from 0; NaN is left out.
         level: coverage of the interval.
+        most: largest value that there can be, such as 1 for Dice.
     """
     kept = np.asarray(values, dtype=np.float64)
     kept = kept[~np.isnan(kept)]
@@ -230,7 +234,7 @@ def interval(values: Sequence[float] | Float[NumpyArray, " n"], level: float = 0
     from scipy.stats import t
 
     half = float(t.ppf((1 + level) / 2, num - 1) * kept.std(ddof=1) / math.sqrt(num))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "num": num}
+    return {"mean": mean, "low": max(0.0, mean - half), "high": min(most, mean + half), "num": num}
 
 
 def hausdorff95(

@@ -22,7 +22,7 @@ _ELSEWHERE = {
     "workers": "train.num_workers",
 }
 _START = 128
-_UNUSED = ("class_weights", "dice_weight", "score_weight", "keep_ratio", "prune_noise")
+_UNUSED = ("class_weights", "dice_weight", "score_weight", "score_target", "keep_ratio", "prune_noise", "trim")
 
 
 @dataclass(frozen=True)
