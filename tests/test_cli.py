@@ -397,6 +397,10 @@ def test_inspect_and_plan_data(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "  ball\n" in capsys.readouterr().out
     assert main(["plan", "--data", config]) == 0
     assert "ceiling" in capsys.readouterr().out
+    assert main(["plan", "--data", config, "--limit", "1"]) == 0
+    assert "\n1 of " in capsys.readouterr().out
+    assert "--limit=-1 is negative; give a number of images" in fails(capsys, "plan", "--data", config, "--limit=-1")
+    assert "--limit=3 is for --data, and 64x64 is one image" in fails(capsys, "plan", "64x64", "--limit", "3")
     _truncated(run.parent / "data" / "images" / "003.png")
     assert main(["inspect", "--data", config]) == 2
     assert "003" in capsys.readouterr().out

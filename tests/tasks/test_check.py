@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from foveate.tasks.check import check_data, plan_data
-from foveate.tasks.config import DataConfig, FitConfig, SplitConfig, TreeConfig, config_from_dict
+from foveate.tasks.config import DataConfig, FitConfig, SplitConfig, TrainConfig, TreeConfig, config_from_dict
 
 
 def save(root: Path, name: str, image: np.ndarray, mask: np.ndarray) -> None:
@@ -154,6 +154,24 @@ def test_plan_skips_images_without_objects_and_takes_targets_in_any_order(tmp_pa
     assert [image.name for image in plan.images] == ["images/full"]
     assert plan.images[0].uniform[0] >= plan.images[0].uniform[1]
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_plan_looks_at_a_seeded_sample_and_says_so(tmp_path: Path) -> None:
+    for name in "abcdefg":
+        save(tmp_path, name, noisy(ord(name)), disc())
+    settings = plan_settings(tmp_path)
+    some = plan_data(settings, (0.5,), patch_size=4, limit=3)
+    names = [image.name for image in some.images]
+    assert len(names) == 3
+    assert names == sorted(names)
+    assert some == plan_data(settings, (0.5,), patch_size=4, limit=3)
+    assert "\n3 of 7 images, drawn by train.seed (--limit 0: all)\n" in some.to_text()
+    others = [plan_data(replace(settings, train=TrainConfig(seed=k)), (0.5,), patch_size=4, limit=3) for k in (1, 2)]
+    assert any([image.name for image in other.images] != names for other in others)
+    every = plan_data(settings, (0.5,), patch_size=4, limit=None)
+    assert len(every.images) == 7
+    assert "drawn by" not in every.to_text()
+    assert set(some.images) < set(every.images)
 
 
 def test_slides_are_looked_at_from_afar(tmp_path: Path) -> None:

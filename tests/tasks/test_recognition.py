@@ -237,4 +237,6 @@ def test_plan_says_what_there_is(crosses: Path, tmp_path: Path, capsys: pytest.C
     ]
     assert said[2] == "patches: 16 to 16 an image (mean 16 of 16 images), 1 x 16 x 16"
     assert said[4].startswith("a step trains on at most 32 patches")
+    assert main(["plan", "--data", str(tmp_path / "run.yaml"), "--limit", "3"]) == 0
+    assert "(mean 16 of 3 images)" in capsys.readouterr().out
     assert said[4].endswith("and on 8 in the end")

@@ -15,6 +15,7 @@ def run(words: list[str]) -> int:
     parser = VerbParser("plan", "Tokens, FLOPs and bytes of each stage, before anything runs.")
     parser.add_argument("image", metavar="FILE_OR_SHAPE", nargs="?", help="an image or a slide, or a shape: 4096x4096")
     parser.add_argument("--data", metavar="CONFIG.yaml", type=Path, help="what the data set of this file needs")
+    parser.add_argument("--limit", metavar="N", type=count, help="images of --data to look at, 0: all (default: 16)")
     parser.add_argument("--model", metavar="NAME_OR_RUN", default=MODEL, help=f"a model or a run (default: {MODEL})")
     parser.add_argument("--max-leaves", metavar="N", type=count, help="leaves per image (default: the run's, or 1024)")
     parser.add_argument(
@@ -30,20 +31,24 @@ def run(words: list[str]) -> int:
     if (args.image is None) == (args.data is None):
         raise ConfigError("plan takes one thing: a FILE_OR_SHAPE, or --data CONFIG.yaml; see foveate plan --help")
     if args.data is not None:
-        return _plan_data(args.data, overrides)
+        if args.limit is not None and args.limit < 0:
+            raise ConfigError(f"--limit={args.limit} is negative; give a number of images, or 0 for all")
+        return _plan_data(args.data, overrides, {} if args.limit is None else {"limit": args.limit or None})
+    if args.limit is not None:
+        raise ConfigError(f"--limit={args.limit} is for --data, and {args.image} is one image; leave it out")
     if overrides:
         parser.refuse(f"--{overrides[0]}")
     return _plan_image(args)
 
 
-def _plan_data(path: Path, overrides: list[str]) -> int:
+def _plan_data(path: Path, overrides: list[str], given: dict[str, Any]) -> int:
     from foveate.tasks.config import load_as, load_config, read_settings, task_of
 
     if task_of(read_settings(path, overrides)) == "recognition":
         from foveate.tasks.recognition_plan import plan_table
         from foveate.tasks.recognition_settings import RecognitionConfig
 
-        say(plan_table(load_as(RecognitionConfig, path, overrides)))
+        say(plan_table(load_as(RecognitionConfig, path, overrides), **given))
         return 0
     from foveate.tasks.check import plan_data
 
@@ -51,7 +56,7 @@ def _plan_data(path: Path, overrides: list[str]) -> int:
     from foveate.models import create_config
 
     patch_size = create_config(config.model.name, **config.model.overrides).patch_size
-    say(plan_data(config, patch_size=patch_size).to_text())
+    say(plan_data(config, patch_size=patch_size, **given).to_text())
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 
@@ -19,6 +20,9 @@ from foveate.tasks.items import Item, find_items
 from foveate.tasks.labels import IGNORE
 from foveate.tasks.metrics import ceiling, mean_known
 from foveate.tasks.settings import FitConfig
+
+LIMIT = 16
+"""Images that a plan looks at unless more are asked for: enough for a median, and minutes less on a large set."""
 
 GAIN = 1.2
 """Uniform over adaptive leaves from which a plan speaks of a gain; below, the trees' own cost is not worth it."""
@@ -48,12 +52,16 @@ class DataPlan:
         images: one row per image.
         patch_size: samples per side of a token.
         min_size: side of the smallest leaf in pixels.
+        looked: images that were looked at; those without objects have no row.
+        num_images: images that there are.
     """
 
     targets: tuple[float, ...]
     images: tuple[ImagePlan, ...]
     patch_size: int
     min_size: int
+    looked: int
+    num_images: int
 
     def ratios(self, target: int) -> tuple[float, ...]:
         """Uniform over adaptive leaves at the target of this position, for the images that reach it both ways."""
@@ -87,9 +95,10 @@ class DataPlan:
         for image in self.images:
             cells = [f"{_count(one)} / {_count(two)}" for one, two in zip(image.adaptive, image.uniform, strict=True)]
             lines.append(f"{image.name:<{wide}}  " + "  ".join(f"{cell:>15}" for cell in cells))
-        return "\n".join(
-            [*lines, f"P={self.patch_size}, smallest leaf {self.min_size} px ('-': too large)", self.verdict]
-        )
+        lines.append(f"P={self.patch_size}, smallest leaf {self.min_size} px ('-': too large)")
+        if self.looked < self.num_images:
+            lines.append(f"{self.looked} of {self.num_images} images, drawn by train.seed (--limit 0: all)")
+        return "\n".join([*lines, self.verdict])
 
 
 def _count(leaves: int | None) -> str:
@@ -102,6 +111,7 @@ def plan_data(
     *,
     patch_size: int | None = None,
     items: Sequence[Item] | None = None,
+    limit: int | None = LIMIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataPlan:
     """How many leaves each image needs so that a perfect model could reach a Dice, adaptively and uniformly.
@@ -113,18 +123,23 @@ def plan_data(
         config: the run; its ``tree`` settings but the budget are used, and images at ``data.max_side``.
         targets: ceilings, Dice from 0 to 1.
         patch_size: samples per side of a token; ``None``: what ``model.overrides`` says, else 16.
-        items: images to look at; ``None``: all that have a mask.
+        items: images there are; ``None``: all of the run. Those without a mask are left out.
+        limit: most images to look at, drawn by ``train.seed`` where there are more; ``None``: all.
         progress: called with (images done, images in all).
 
     Returns:
         Leaves to about 5 %, by bisection (the ceiling nearly always grows with the budget), and a verdict.
 
-    Cost: about 20 trees, and as many encodings and decodings of the mask, per image.
+    Cost: about 20 trees, and 30 encodings and decodings of the mask, per image: nearly all of it is the latter.
     """
     if patch_size is None:
         declared = config.model.overrides.get("patch_size", 16)
         patch_size = declared if isinstance(declared, int) else 16
-    chosen = [item for item in (find_items(config.data) if items is None else items) if item.mask is not None]
+    there = [item for item in (find_items(config.data) if items is None else items) if item.mask is not None]
+    chosen = there
+    if limit is not None and len(there) > limit:
+        drawn = np.random.default_rng(config.train.seed).permutation(len(there))[:limit]
+        chosen = [there[index] for index in sorted(drawn.tolist())]
     data = SegmentationData(chosen, config, patch_size, train=False)
     rows = []
     for i, item in enumerate(chosen):
@@ -134,7 +149,7 @@ def plan_data(
             rows.append(_plan_image(item.name, image, labels, config, tuple(targets), patch_size))
         if progress is not None:
             progress(i + 1, len(chosen))
-    return DataPlan(tuple(targets), tuple(rows), patch_size, config.tree.min_size)
+    return DataPlan(tuple(targets), tuple(rows), patch_size, config.tree.min_size, len(chosen), len(there))
 
 
 def _plan_image(

@@ -10,26 +10,26 @@ import torch
 from foveate.geometry.patch_source import PatchSource
 from foveate.tasks.bags import open_bag
 from foveate.tasks.items import SPLITS
+from foveate.tasks.plan_data import LIMIT
 from foveate.tasks.recognition import UNREADABLE, build_model, skipped_line
 from foveate.tasks.recognition_settings import RecognitionConfig
 from foveate.tasks.splits import split_rows
 from foveate.tasks.table import read_table
 from foveate.tasks.targets import parts_of, resolve_tasks
 
-_LOOKED = 16  # images whose patches are counted
 
-
-def plan_table(config: RecognitionConfig) -> str:
+def plan_table(config: RecognitionConfig, *, limit: int | None = LIMIT) -> str:
     """Lines that say how many rows, classes and patches there are, and what a step of training holds.
 
     Args:
         config: settings of the run.
+        limit: images whose patches are counted, evenly over the table; ``None``: all.
 
     Raises:
         ConfigError: table, splits and model do not fit.
         FormatError: the table is bad.
 
-    Cost: the headers of at most 16 images, and with ``data.tissue`` a look at each at low resolution.
+    Cost: the headers of ``limit`` images, and with ``data.tissue`` a look at each at low resolution.
     """
     rows = read_table(config.data)
     split = split_rows(rows, config.data)
@@ -44,7 +44,7 @@ def plan_table(config: RecognitionConfig) -> str:
     if marked:
         lines.append(f"marks: {marked} of {len(rows)} rows say where the evidence lies, which gives needle_recall")
     sizes, first = [], None
-    for place in np.unique(np.linspace(0, len(rows) - 1, _LOOKED).astype(int)):
+    for place in np.unique(np.linspace(0, len(rows) - 1, limit or len(rows)).astype(int)):
         try:
             bag = open_bag(rows[place].item, config.data)
         except UNREADABLE as error:
