@@ -178,8 +178,9 @@ def test_bags_are_drawn_when_asked_for() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"num_patches": 4}, BudgetError, "num_patches=4, blank=0.5; give 5 patches at least and a share in"),
-        ({"blank": 2}, BudgetError, "num_patches=1000, blank=2; give 5 patches"),
+        ({"num_patches": 4}, BudgetError, "num_patches=4, blank=0.5, corners=0; give 5 patches at least, a share in"),
+        ({"blank": 2}, BudgetError, "num_patches=1000, blank=2, corners=0; give 5 patches"),
+        ({"corners": -1}, BudgetError, "corners=-1; give 5 patches at least, a share in .* and 0 corners or more"),
         ({"split": "all"}, ConfigError, "split='all' must be one of train, val, test"),
     ],
 )
