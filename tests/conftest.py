@@ -17,6 +17,12 @@ settings.register_profile("house", deadline=None, derandomize=True, max_examples
 settings.load_profile("house")
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``precision: auto`` is float32 in tests, whatever this machine is made for."""
+    monkeypatch.setattr("foveate.tasks.precision.is_made_for_bf16", lambda device: False)
+
+
 @pytest.fixture(scope="session")
 def timm() -> ModuleType:
     """timm, whether or not torchvision is installed."""

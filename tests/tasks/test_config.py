@@ -100,7 +100,7 @@ def test_defaults_need_no_file_content(tmp_path: Path) -> None:
         ("tree.max_leaves=0", "tree.max_leaves=0 is below 1: give at least 1 leaf"),
         ("tree.max_leaves=null", "tree.max_leaves and tree.tolerance are both null: give a number of leaves"),
         ("tree.max_size=24", "tree.max_size=24 is not min_size=8 doubled a whole number of times: give 32"),
-        ("train.precision=bf61", "train.precision='bf61' is none of fp32, bf16, fp16: did you mean 'bf16'?"),
+        ("train.precision=bf61", "train.precision='bf61' is none of auto, fp32, bf16, fp16: did you mean 'bf16'?"),
         ("train.augment=7", "train.augment=7.0 is outside 0 to 1: give true, false or a share"),
         ("train.class_weights=[1,2]", "train.class_weights has 2 values for 5 classes"),
         ("data.split.test=0.5", "sum to 1.35: give shares from 0 to 1 that sum to 1"),

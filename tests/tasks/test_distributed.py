@@ -64,7 +64,7 @@ def test_accelerate_launch_gives_the_weights_of_one_process(tmp_path: Path) -> N
         "data": {"root": str(tmp_path / "data"), "classes": {"s": 1}, "split": {"train": 0.7, "val": 0.3, "test": 0.0}},
         "tree": {"max_leaves": 16, "min_size": 16},
         "model": {"name": "apf_vit_tiny", "overrides": overrides},
-        "train": {"epochs": 2, "batch_size": 2, "augment": 0.0},
+        "train": {"epochs": 2, "batch_size": 2, "augment": 0.0, "precision": "fp32"},
     }
     (tmp_path / "fit.yaml").write_text(json.dumps(settings))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

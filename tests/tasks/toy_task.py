@@ -81,5 +81,12 @@ class ToyTask:
 
 
 def toy_config(**changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {"epochs": 4, "batch_size": 2, "lr": 1e-2, "warmup": 0.1, "clip": None}
+    values: dict[str, Any] = {
+        "epochs": 4,
+        "batch_size": 2,
+        "lr": 1e-2,
+        "warmup": 0.1,
+        "clip": None,
+        "precision": "fp32",
+    }
     return TrainConfig(**(values | changes))

@@ -19,6 +19,9 @@ def run(words: list[str]) -> int:
         type=number,
         help="share of the tokens that go on at every prune point (default: as in training)",
     )
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), help="in which masks are made (default: the run's, auto)"
+    )
     args = parser.parse(words)
 
     from foveate.tasks.fit import task_of_run
@@ -41,7 +44,12 @@ def _masks(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
     _, config = load_model(args.run)
     gallery = Gallery(config.data.class_names, groups=config.data.groups)
     evaluation = evaluate(
-        args.run, split=args.split, data_root=args.data_root, keep_ratio=args.keep_ratio, on_image=gallery
+        args.run,
+        split=args.split,
+        data_root=args.data_root,
+        keep_ratio=args.keep_ratio,
+        precision=args.precision,
+        on_image=gallery,
     )
     page = args.run / "evaluation" / f"{evaluation.split}.html"
     run_report(evaluation, gallery).save(page)
@@ -52,8 +60,10 @@ def _masks(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
 
 def _labels(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
     """The same for a recognition run."""
-    if args.keep_ratio is not None:
-        raise ConfigError(f"--keep-ratio={args.keep_ratio} is for masks, and {args.run} says labels; leave it out")
+    for name in ("keep_ratio", "precision"):
+        if (value := getattr(args, name)) is not None:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option}={value} is for masks, and {args.run} says labels; leave it out")
     from foveate.tasks.recognition_evaluate import evaluate_labels
 
     evaluation = evaluate_labels(args.run, split=args.split, data_root=args.data_root)

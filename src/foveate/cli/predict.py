@@ -38,8 +38,8 @@ def run(words: list[str]) -> int:
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16"),
-        help="bf16 is faster on processors made for it (default: as in training)",
+        choices=("auto", "fp32", "bf16"),
+        help="auto: bf16 where the device is made for it (default: predict.precision of the run, which is auto)",
     )
     parser.add_argument("--overlay", action="store_true", help="also write a picture of the mask and the leaves")
     parser.add_argument("--heatmap", action="store_true", help="also write a picture of the probabilities")

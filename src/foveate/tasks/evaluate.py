@@ -13,6 +13,7 @@ from foveate.tasks.config import FitConfig, load_config
 from foveate.tasks.data import SegmentationData
 from foveate.tasks.items import SPLITS, find_items, split_items
 from foveate.tasks.metrics import PixelMetrics, interval, mean_known
+from foveate.tasks.precision import resolve_precision
 from foveate.tasks.predict import Segmented, load_model
 from foveate.tasks.pruning import recorded_pruning
 from foveate.tasks.run import CONFIG, find_model
@@ -101,7 +102,7 @@ class Evaluation:
         return (
             f"{self.run}, {len(self.rows)} {self.split} images: dice {_fixed(dice['mean'], 3)}{spread}, "
             f"ceiling {_fixed(self.ceiling, 3)}, tokens {tokens['mean']:.0f} ({tokens['min']} to {tokens['max']}), "
-            f"{self.seconds:.2f} s per image"
+            f"{self.seconds:.2f} s per image in {self.summary['precision']}"
         )
 
 
@@ -111,6 +112,7 @@ def evaluate(
     split: str = "test",
     data_root: str | None = None,
     keep_ratio: Real | None = None,
+    precision: str | None = None,
     on_image: Callable[[str, Any, Any, Segmented], Any] | None = None,
 ) -> Evaluation:
     """Score the best model of a run on one split, and write ``evaluation/<split>.json`` and ``.txt`` beside it.
@@ -123,6 +125,8 @@ def evaluate(
         data_root: Where the data is, when it has moved since training.
         keep_ratio: Share of the tokens that go on at every prune point of a model that prunes; the files are then
             called ``<split>-keep<ratio>``. None: as in training.
+        precision: ``fp32``, ``bf16`` or ``auto``, instead of ``predict.precision`` of the run; the scores say which it
+            was.
         on_image: Called with the name, the normalised image, the labels and the result of each image that is held,
             for figures.
 
@@ -145,6 +149,9 @@ def evaluate(
     if keep_ratio is not None:
         config = replace(config, predict=replace(config.predict, keep_ratio=float(keep_ratio)))
         recorded_pruning(model, config.predict)
+    made = config.predict if precision is None else replace(config.predict, precision=precision)
+    ran = resolve_precision(made.precision, next(model.parameters()).device)
+    config = replace(config, predict=replace(made, precision=ran))
     items = split_items(find_items(config.data), config.data)[split]
     bare = [item.name for item in items if item.mask is None]
     if not items or bare:
@@ -185,6 +192,7 @@ def _summary(metrics: PixelMetrics, rows: Sequence[Mapping[str, Any]], config: F
         "ceiling": ceiling,
         "tokens": {"mean": sum(tokens) / len(tokens), "min": min(tokens), "max": max(tokens)},
         "seconds": interval([row["seconds"] for row in rows]),
+        "precision": config.predict.precision,
     }
 
 

@@ -1,11 +1,16 @@
 """A task, its settings and its folder through the loop; and which task a finished run was about."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from foveate.errors import FormatError
 from foveate.tasks.checkpoint import find_checkpoint
 from foveate.tasks.config import SEGMENTATION, read_settings, task_of
 from foveate.tasks.loop import Loop, LoopResult, Task, on_cpu
+from foveate.tasks.precision import resolve_precision
 from foveate.tasks.run import CHECKPOINTS, RunConfig, find_model, open_run
 from foveate.tasks.trained import SETTINGS
 
@@ -31,10 +36,17 @@ def run_task(
     from accelerate import PartialState
 
     state = PartialState(cpu=on_cpu())
+    config = _with_precision(config, state.device)
     with state.main_process_first():
         folder = open_run(config, resume=resume, overwrite=overwrite, active=state.is_main_process)
     there = find_checkpoint(folder / CHECKPOINTS / "last") is not None if resume else False
     return folder, Loop(task, config.train, folder, resume=there).run()
+
+
+def _with_precision(config: Any, device: torch.device) -> Any:
+    """The settings with what ``auto`` comes to here, as the run's own file shall say."""
+    precision = resolve_precision(config.train.precision, device)
+    return replace(config, train=replace(config.train, precision=precision))
 
 
 def task_of_run(path: str | Path) -> str:

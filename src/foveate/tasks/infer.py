@@ -22,6 +22,7 @@ from foveate.nn.pruner import Pruning
 from foveate.tasks.config import FitConfig, load_config
 from foveate.tasks.cut import cut
 from foveate.tasks.painting import Painting
+from foveate.tasks.precision import resolve_precision
 from foveate.tasks.pruned_view import left_at
 from foveate.tasks.resize import resized_image, resized_spacing, working_shape
 from foveate.tasks.trained import load_trained
@@ -132,13 +133,14 @@ def logits_of(
         model: As in `segment`.
         patches: Tokens.
         pruning: How to prune in this call, of a model that does; None: as it was configured.
-        precision: ``fp32`` or ``bf16`` (mixed).
+        precision: ``fp32``, ``bf16`` (mixed) or ``auto``.
 
     Raises:
         FoveateError: The output is not finite.
     """
     device = next(model.parameters()).device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    mixed = resolve_precision(precision, device) == "bf16"
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         placed = patches.to(device)
         logits: Tensor = (model(placed) if pruning is None else model(placed, pruning)).float().cpu()
     if not bool(torch.isfinite(logits).all()):

@@ -22,6 +22,7 @@ from foveate.errors import FoveateError
 from foveate.tasks.checkpoint import find_checkpoint, load_trainer, restore_rng, rng_state, save_checkpoint
 from foveate.tasks.config import TrainConfig
 from foveate.tasks.optimiser import learning_rate, make_optimizer, run_share
+from foveate.tasks.precision import resolve_precision
 from foveate.tasks.run import Metrics, Progress, Signals, installed_tracker
 
 _LOG_EVERY = 10  # steps per line of the metrics
@@ -86,6 +87,7 @@ class LoopResult:
     reason: str  # epochs, max_steps, minutes, patience or interrupted
     position: Position
     last_scores: dict[str, float] = field(default_factory=dict)
+    precision: str = "fp32"  # what `auto` came to
 
 
 class Loop:
@@ -105,7 +107,8 @@ class Loop:
         self.accelerator = Accelerator(cpu=on_cpu(), mixed_precision="no", log_with=tracker, project_dir=folder)
         if tracker is not None:
             self.accelerator.init_trackers("foveate")
-        self.task, self.config, self.folder = task, config, folder
+        precision = resolve_precision(config.precision, self.accelerator.device)
+        self.task, self.config, self.folder = task, replace(config, precision=precision), folder
         self.position = Position()
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         last = find_checkpoint(folder / "checkpoints" / "last") if resume else None
@@ -117,7 +120,7 @@ class Loop:
             self.optimizer.load_state_dict(state["optimizer"])
             self.position = Position(**state["position"])
         kind = self.accelerator.device.type
-        self.scaler = torch.amp.GradScaler(kind, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(kind, enabled=precision == "fp16")
         if state is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self._rng = state["rng"] if state is not None else None
@@ -157,7 +160,7 @@ class Loop:
         if self.position.evaluated != self.position.step:
             self._evaluate()
         self._save()
-        return LoopResult(reason, self.position, self._scores)
+        return LoopResult(reason, self.position, self._scores, self.config.precision)
 
     def _epochs(self, signals: "Signals", progress: "Progress") -> str:
         if self.config.eval_first and self.position.step == 0:

@@ -50,6 +50,7 @@ from foveate.tasks.outputs import (
 )
 from foveate.tasks.painting import Painting
 from foveate.tasks.part import Part, digest_of, part_folder
+from foveate.tasks.precision import AUTO, resolve_precision
 from foveate.tasks.pruning import recorded_pruning
 from foveate.tasks.run import find_model
 from foveate.tasks.settings import PredictConfig
@@ -102,12 +103,13 @@ def predict(
         window: Side of windows that slide over images that are held, instead of ``predict.window`` of the run; 0: the
             whole image at once.
         keep_ratio: Share of the tokens that go on at every prune point of a model that prunes. None: as in training.
-        precision: ``fp32`` or ``bf16``. None: as in training's validation, ``predict.precision`` of the run.
+        precision: ``fp32``, ``bf16``, or ``auto`` (bf16 where the device is made for it, which is then said). None: as
+            in training's validation, ``predict.precision`` of the run.
         overwrite: Replace outputs that are there already.
         resume: Leave alone what is complete, by its name and whatever made it; add pictures and probabilities that were
             not asked for then; and go on with what was interrupted, if model, settings and image are the same.
         max_pixels: Refuse larger images where they are read whole; None: as in training.
-        warn: Called with one line per failed image; None writes it to standard error.
+        warn: Called with one line per failed image, and where ``auto`` came to bf16; None writes it to standard error.
 
     Returns:
         The files written now.
@@ -136,6 +138,10 @@ def predict(
     data = replace(config.data, masks=None, cache=0, **changes)
     share = None if keep_ratio is None else float(keep_ratio)
     made = _changed(config.predict, window=window, keep_ratio=share, precision=precision)
+    ran = resolve_precision(made.precision, next(network.parameters()).device)
+    if made.precision == AUTO and ran == "bf16":
+        (warn or _to_stderr)("foveate: masks are made in bf16, for which this device is made; fp32: --precision fp32")
+    made = replace(made, precision=ran)
     recorded_pruning(network, made)
     config = replace(config, data=data, tree=_with_budget(config.tree, max_leaves), predict=made)
     try:

@@ -165,7 +165,7 @@ class FitResult:
         position, scores = self.loop.position, self.loop.last_scores
         text = (
             f"{self.folder}: ended by {self.loop.reason} after {position.epoch} epochs, {position.step} steps, "
-            f"{position.seconds:.0f} s of training"
+            f"{position.seconds:.0f} s of training in {self.loop.precision}"
         )
         if scores:
             text += f"; best val dice {position.best:.3f} at step {position.best_step}"

@@ -126,8 +126,9 @@ class TrainConfig:
     """Largest norm of the gradient; ``null``: no clipping."""
     seed: int = 0
     """Seed of weights, data order and augmentation."""
-    precision: str = "fp32"
-    """``fp32``, ``bf16`` or ``fp16`` (mixed)."""
+    precision: str = "auto"
+    """``fp32``, ``bf16`` or ``fp16`` (mixed). ``auto``: ``bf16`` where the device is made for it (CUDA from Ampere on,
+    processors with AMX), else ``fp32``; the run's own file says which it was."""
     class_weights: list[float] | None = None
     """Weight of every class, background first, in the cross entropy; ``null``: all 1."""
     dice_weight: float = 1.0
@@ -167,7 +168,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         among("train.schedule", self.schedule, ("cosine", "linear", "constant"))
         among("train.score_target", self.score_target, ("labels", "loss", "head"))
-        among("train.precision", self.precision, ("fp32", "bf16", "fp16"))
+        among("train.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         if self.tracker is not None:
             among("train.tracker", self.tracker, ("tensorboard", "wandb"))
         limits = {"epochs": self.epochs, "max_steps": self.max_steps, "minutes": self.minutes}
@@ -222,8 +223,9 @@ class PredictConfig:
     """Share of its side that a window has in common with the next."""
     keep_ratio: float | None = None
     """Share of the tokens that go on at every prune point of a model that prunes; ``null``: as it was made."""
-    precision: str = "fp32"
-    """``fp32`` or ``bf16`` (mixed), which is faster on processors made for it; a few pixels on borders differ."""
+    precision: str = "auto"
+    """``fp32`` or ``bf16`` (mixed), with which a few pixels on borders differ. ``auto``: as in training, of the device
+    that makes the masks."""
     values: str = "index"
     """What masks in NIfTI hold: ``index``, the number of the class as it is written in ``data.classes``; ``file``, the
     value that ``data.classes`` gives it (of a list the first)."""
@@ -234,7 +236,7 @@ class PredictConfig:
             f"predict.window={self.window} is below 1: give a side in pixels or null",
         )
         among("predict.values", self.values, ("index", "file"))
-        among("predict.precision", self.precision, ("fp32", "bf16"))
+        among("predict.precision", self.precision, ("auto", "fp32", "bf16"))
         ratio = self.keep_ratio
         require(
             ratio is None or 0 < ratio <= 1,
