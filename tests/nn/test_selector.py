@@ -195,6 +195,68 @@ def test_patches_known_to_be_blank_are_not_read() -> None:
     assert source.num_read == int((~blank).sum()) + 1
 
 
+# several bags at a time
+
+
+def company() -> list[TensorPatches]:
+    """Bags of other sizes, types and blanks."""
+    known = bag(1, 70)
+    grey = torch.where((known == 0).flatten(1).all(1)[:, None, None, None], 0.25, known)
+    bytes_ = (bag(2, 33) * 255).byte()
+    return [
+        TensorPatches(bag(0)),
+        TensorPatches(known, constant=(known == 0).flatten(1).all(1)),
+        TensorPatches(grey, constant=(grey == 0.25).flatten(1).all(1)),
+        TensorPatches(bag(3, 0)),
+        TensorPatches(bytes_),
+        TensorPatches(bag(4, 9)),
+        TensorPatches(bytes_, constant=torch.zeros(33, dtype=torch.bool)),
+    ]
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_a_bag_does_not_depend_on_its_company_to_the_bit(shortcut: bool) -> None:
+    bags, selector = company(), PatchSelector(cnn(), scorer(), 16)
+    alone = [values(selector.select(one, 40, shortcut=shortcut)) for one in bags]
+    for workers in (0, 2):
+        selector.workers = workers
+        laws.chunk_invariance(
+            lambda chunk: [values(one) for one in selector.select_all(bags, chunk, shortcut=shortcut)],
+            lambda _: alone,
+            CHUNKS,
+        )
+
+
+def test_places_tallies_and_the_published_rule_are_those_of_each_bag() -> None:
+    torch.manual_seed(0)
+    bags = [centred(seed, num) for seed, num in ((0, 150), (1, 40), (2, 77))]
+    for settings in ({"position": Place()}, {"rule": "buffered"}):
+        selector = PatchSelector(cnn(), scorer(), 16, **settings)
+        alone = [values(selector.select(one, 20)) for one in bags]
+        laws.same([values(one) for one in selector.select_all(bags, 20)], alone, str(settings))
+    selector = PatchSelector(cnn(), scorer(), 16)
+    for one, source in zip(selector.select_all(bags, 20, tally=True), bags, strict=True):
+        own = selector.select(source, 20, tally=True)
+        assert one.whole is not None
+        assert own.whole is not None
+        laws.same(vars(one.whole), vars(own.whole), "tally")
+
+
+def test_bags_share_blocks() -> None:
+    counting = Counting(cnn())
+    bags = [TensorPatches(bag(seed, 16, blank=0.0)) for seed in range(8)]
+    found = PatchSelector(counting, scorer(), 4).select_all(bags, 5)
+    assert len(found) == 8
+    assert counting.seen == 128
+
+
+def test_a_patch_that_cannot_be_ranked_is_named_by_its_place_in_its_bag() -> None:
+    x = features(0)
+    x[7] = float("nan")
+    with pytest.raises(FormatError, match="patch 7: its attention is not finite"):
+        PatchSelector(nn.Identity(), scorer(width=24), 16).select_all([TensorPatches(features(1)), TensorPatches(x)])
+
+
 # released defect I3, I10: modes
 
 

@@ -3,7 +3,7 @@
 Legend: N patches of a bag, K kept ones, A queries of single heads, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,10 +15,10 @@ from foveate.nn.buffered import select_buffered
 from foveate.nn.query_attention import Tally
 from foveate.nn.rank import RANKS, score_patches, top_positions
 from foveate.nn.selection import Scorer, Selection, check_finite, check_keep, device_of, relative_centres
-from foveate.nn.stream import Vectors, encoded, evaluating, in_blocks
+from foveate.nn.stream import Vectors, encoded_bags, evaluating, in_blocks
 
 RULES = ("exact", "buffered")
-_SCORED = 256  # rows that are scored at a time
+_SCORED = 1024  # rows that are scored at a time
 
 
 class PatchSelector:
@@ -104,20 +104,50 @@ class PatchSelector:
         Cost: N encodes, one for all blank patches; ``4 * A * N`` bytes, and a chunk and its activations.
         """
         source = TensorPatches(source) if isinstance(source, Tensor) else source
-        keep = min(check_keep(self.keep if keep is None else keep), len(source))
+        return self.select_all([source], chunk, generator, keep=keep, shortcut=shortcut, tally=tally)[0]
+
+    @torch.no_grad()
+    def select_all(
+        self,
+        sources: Sequence[PatchSource],
+        chunk: int = 256,
+        generator: torch.Generator | None = None,
+        *,
+        keep: int | None = None,
+        shortcut: bool = False,
+        tally: bool = False,
+    ) -> list[Selection]:
+        """Choose the patches of several bags, of each the same as ``select`` does, on the CPU to the bit.
+
+        With the ``exact`` rule and without tallies the bags share the blocks that are encoded, which small bags alone
+        fill badly. Arguments, errors and cost: see ``select``.
+        """
+        keep = check_keep(self.keep if keep is None else keep)
         if chunk < 1:
             raise BudgetError(f"chunk={chunk} is below 1; 256 suits most machines")
-        whole_bag = torch.arange(len(source))
-        if keep == len(source) and (len(source) == 0 or (shortcut and not tally)):
-            return Selection(whole_bag, None, len(source))
+        least = keep if shortcut and not tally else 0  # bags of so few patches are kept without a look
+        some = [source for source in sources if len(source) > least]
         with evaluating(self.encoder, self.scorer, self.position):
             if self.rule == "buffered":
-                order = self._order(len(source), generator)
-                return select_buffered(self.encoder, self.scorer, source, keep, chunk, order, self.position)
-            logits_NA, whole = self.look(source, whole_bag, chunk, tally=tally)
-        score_N = score_patches(logits_NA, keep, self.rank)
-        index = top_positions(score_N, keep)
-        return Selection(index.cpu(), score_N[index].cpu(), len(source), logits_NA, whole)
+                found = iter([self._buffered(source, keep, chunk, generator) for source in some])
+            else:
+                found = self._exact(some, keep, chunk, tally)
+            return [
+                next(found) if len(source) > least else Selection(torch.arange(len(source)), None, len(source))
+                for source in sources
+            ]
+
+    def _buffered(self, source: PatchSource, keep: int, chunk: int, generator: torch.Generator | None) -> Selection:
+        order, num = self._order(len(source), generator), min(keep, len(source))
+        return select_buffered(self.encoder, self.scorer, source, num, chunk, order, self.position)
+
+    def _exact(self, sources: list[PatchSource], keep: int, chunk: int, tally: bool) -> Iterator[Selection]:
+        for group in [[source] for source in sources] if tally else [sources] if sources else []:
+            logits_RA, whole = self._look([(source, torch.arange(len(source))) for source in group], chunk, tally)
+            for logits_NA in logits_RA.split([len(source) for source in group]):
+                score_N = score_patches(logits_NA, min(keep, len(logits_NA)), self.rank)
+                index = top_positions(score_N, min(keep, len(logits_NA)))
+                yield Selection(index.cpu(), score_N[index].cpu(), len(logits_NA), logits_NA, whole)
 
     def _order(self, num_patches: int, generator: torch.Generator | None) -> Tensor:
         if not self.shuffle:
@@ -130,17 +160,26 @@ class PatchSelector:
         self, source: PatchSource, index: Int64[Tensor, " R"], chunk: int, *, tally: bool = False
     ) -> tuple[Float[Tensor, "R A"], Tally | None]:
         """Logits of some patches in the order of ``index`` (ascending), and their tally where asked for."""
+        return self._look([(source, index)], chunk, tally)
+
+    def _look(
+        self, bags: Sequence[tuple[PatchSource, Tensor]], chunk: int, tally: bool
+    ) -> tuple[Float[Tensor, "R A"], Tally | None]:
+        """Logits of all bags, one behind the other, and their tally where asked for."""
         device = device_of(self.encoder, self.scorer)
-        place = relative_centres(source) if self.position is not None else None
+        place = torch.cat([relative_centres(source) for source, _ in bags]) if self.position is not None else None
+        lengths = torch.tensor([len(source) for source, _ in bags])
+        ends = lengths.cumsum(0)
+        starts = ends - lengths
+        index = torch.cat([start + index for start, (_, index) in zip(starts, bags, strict=True)])
         logits_RA, whole = None, None
-        for part in encoded(self.encoder, source, index, chunk, device=device, workers=self.workers):
+        for part in encoded_bags(self.encoder, bags, chunk, device=device, workers=self.workers):
             for at, x_RD, row in self._placed(part, place):
                 logits_UA = in_blocks(self.scorer.logits, x_RD, _SCORED)
                 if logits_RA is None:
                     logits_RA = logits_UA.new_empty(len(index), logits_UA.shape[1])
-                check_finite(logits_UA, at, row)
-                to = torch.searchsorted(index, at).to(device)
-                logits_RA[to] = logits_UA[row]
+                check_finite(logits_UA, at - starts[torch.bucketize(at, ends, right=True)], row)
+                logits_RA[torch.searchsorted(index, at).to(device)] = logits_UA[row]
                 if tally:
                     times = row.bincount(minlength=len(x_RD))
                     some = times > 0

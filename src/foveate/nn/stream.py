@@ -1,10 +1,10 @@
-"""Patches of any source through an encoder without gradient: in blocks of one size, each distinct constant once.
+"""Patches of any bags through an encoder without gradient: in blocks of one size, each distinct constant once.
 
 Legend: N patches of a source, R patches read at a time, U distinct ones, D width.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ class Vectors:
     """Some encoded patches.
 
     Args:
-        index: their positions in the source, each position in one value alone.
+        index: their positions, counted through all bags, each position in one value alone.
         x: one vector for each distinct patch.
         row: which vector each position has.
     """
@@ -88,15 +88,27 @@ def encoded(
     device: torch.device,
     workers: int = 0,
 ) -> Iterator[Vectors]:
+    """Read and encode patches of one bag, see `encoded_bags`."""
+    return encoded_bags(encode, [(source, index)], chunk, device=device, workers=workers)
+
+
+def encoded_bags(
+    encode: Encode,
+    bags: Sequence[tuple[PatchSource, Tensor]],
+    chunk: int,
+    *,
+    device: torch.device,
+    workers: int = 0,
+) -> Iterator[Vectors]:
     """Read and encode patches, in whatever order comes cheapest; every position comes out once.
 
-    A patch that is one constant (a blank one) is encoded once per value, and one that the source knows to be blank is
-    not even read. The vectors do not depend on ``chunk``, ``workers`` or the order of ``index``; on the CPU to the bit.
+    A patch that is one constant (a blank one) is encoded once per value, and one that its source knows to be blank is
+    not even read. Bags share the blocks that are encoded. The vectors do not depend on ``chunk``, ``workers``, the
+    order of an index or the other bags; on the CPU to the bit.
 
     Args:
         encode: takes ``[R, C, *P]`` or ``[R, F]`` float32 to ``[R, D]``, each row by itself.
-        source: what is read.
-        index: which patches.
+        bags: what is read, and which patches of it.
         chunk: patches read at a time.
         device: where they are encoded.
         workers: threads that read ahead; 0: read when needed.
@@ -104,33 +116,48 @@ def encoded(
     Cost: memory of ``(workers + 1) * chunk`` patches, and of one block inside the encoder.
     """
     pending = _Pending(encode)
-    blank = torch.zeros(0, dtype=torch.int64)
-    known = constant_of(source)
-    if known is not None:
-        is_blank = known[index]
-        blank = index[is_blank]
-        index = torch.cat([blank[:1], index[~is_blank]])
-    for at, pixels in _reads(source, index, chunk, workers):
-        same = blank[1:] if len(blank) and at[0] == blank[0] else blank[:0]
-        pending.add(at, pixels.to(device), same)
+    for part, pixels in _reads(_parts(bags, chunk), workers):
+        pending.add(part.before + part.index, pixels.to(device), part.before + part.same)
         yield from pending.blocks(last=False)
     yield from pending.blocks(last=True)
 
 
-def _reads(source: PatchSource, index: Tensor, chunk: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    parts = [part for part in index.split(chunk) if len(part)]
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Positions of a source that are read at once, those that equal the first of them, and how many lie before."""
+
+    source: PatchSource
+    index: Int64[Tensor, " R"]
+    same: Int64[Tensor, " S"]
+    before: int
+
+
+def _parts(bags: Sequence[tuple[PatchSource, Tensor]], chunk: int) -> Iterator[_Part]:
+    before = 0
+    for source, index in bags:
+        known, blank = constant_of(source), index[:0]
+        if known is not None:
+            is_blank = known[index]
+            blank = index[is_blank]
+            index = torch.cat([blank[:1], index[~is_blank]])
+        for place, part in enumerate(index.split(chunk) if len(index) else ()):
+            yield _Part(source, part, blank[1:] if place == 0 else blank[:0], before)
+        before += len(source)
+
+
+def _reads(parts: Iterator[_Part], workers: int) -> Iterator[tuple[_Part, Tensor]]:
     if workers == 0:
-        yield from ((part, source.read(part)) for part in parts)
+        yield from ((part, part.source.read(part.index)) for part in parts)
         return
-    ahead: deque[tuple[Tensor, Future[Tensor]]] = deque()
+    ahead: deque[tuple[_Part, Future[Tensor]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for part in parts:
-            ahead.append((part, pool.submit(source.read, part)))
+            ahead.append((part, pool.submit(part.source.read, part.index)))
             if len(ahead) > workers:
-                at, future = ahead.popleft()
-                yield at, future.result()
-        for at, future in ahead:
-            yield at, future.result()
+                first, future = ahead.popleft()
+                yield first, future.result()
+        for part, future in ahead:
+            yield part, future.result()
 
 
 class _Pending:
@@ -215,8 +242,8 @@ class _Pending:
         """Vectors of the first patches that wait, which are floats no sooner than here, and wait no longer."""
         parts = []
         while num:
-            parts.append(self._pixels[0][:num])
+            parts.append(as_float(self._pixels[0][:num]))
             num -= len(parts[-1])
             left = self._pixels[0][len(parts[-1]) :]
             self._pixels[:1] = [left] if len(left) else []
-        return in_blocks(self._encode, as_float(parts[0] if len(parts) == 1 else torch.cat(parts)), rows)
+        return in_blocks(self._encode, parts[0] if len(parts) == 1 else torch.cat(parts), rows)
