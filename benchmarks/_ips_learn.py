@@ -34,15 +34,16 @@ class Needles:
     patches: Sequence[int] = (1000, 5000)
     seeds: int = 20
     published: Sequence[int] = (5, 2)  # seeds of the published rule, by number of patches
+    ablations: int = 3  # seeds of ours without one of its parts, and on lines that look like digits
     train: int = 1600
     test: int = 200
     epochs: int = 12
 
 
 @lru_cache(maxsize=4)
-def needles(count: int, patches: int, split: str) -> Bags:
+def needles(count: int, patches: int, split: str, corners: int) -> Bags:
     """Bags of needles as flat pixels, 0 to 255."""
-    drawn = list(NeedleBags(count, patches, split))
+    drawn = list(NeedleBags(count, patches, split, corners=corners))
     flat = [torch.from_numpy(bag.pixels.reshape(patches, -1)) for bag in drawn]
     sources = [
         TensorPatches(pixels, constant=torch.from_numpy(bag.blank)) for pixels, bag in zip(flat, drawn, strict=True)
@@ -75,27 +76,33 @@ def published_needles(seed: int) -> Published:
     return Published(model)
 
 
-def needle_run(make: Callable[[], Ours | Published], patches: int, sizes: Needles, seed: int) -> dict[str, Any]:
-    bags, test = needles(sizes.train, patches, "train"), needles(sizes.test, patches, "test")
+def needle_run(
+    make: Callable[[], Ours | Published], patches: int, sizes: Needles, seed: int, corners: int = 0
+) -> dict[str, Any]:
+    bags, test = needles(sizes.train, patches, "train", corners), needles(sizes.test, patches, "test", corners)
     return train(make(), bags, test, Budget(epochs=sizes.epochs), seed)
 
 
 def needle_jobs(sizes: Needles) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     """Name and run of everything, what matters most first; the two sides in turn, so that both meet the same load."""
-    makes: list[tuple[str, int, int, Callable[[], Ours | Published]]] = []
-    for seed in range(sizes.seeds):
-        for patches, published in zip(sizes.patches, sizes.published, strict=True):
-            makes.append(("ours", patches, seed, partial(our_needles, seed)))
+    made: list[tuple[str, int, int, Callable[[], Ours | Published], int]] = []
+    for patches, published in zip(sizes.patches, sizes.published, strict=True):
+        for seed in range(sizes.seeds):
+            made.append(("ours", patches, seed, partial(our_needles, seed), 0))
             if seed < published:
-                makes.append(("published", patches, seed, partial(published_needles, seed)))
-        if seed == 0:
-            first = sizes.patches[0]
-            makes.append(("annealed mean", first, seed, partial(our_needles, seed, rank="mean")))
-            makes.append(("not annealed", first, seed, partial(our_needles, seed, keep_start=KEEP)))
-            makes.append(("all patches", first, seed, partial(our_needles, seed, first)))
+                made.append(("published", patches, seed, partial(published_needles, seed), 0))
+    first = sizes.patches[0]
+    for seed in range(sizes.ablations):
+        plain = partial(our_needles, seed, by_detail=0.0)
+        made.append(("no detail", first, seed, plain, 0))
+        made.append(("no detail, best of heads", first, seed, partial(plain, rank="best"), 0))
+        made.append(("not annealed", first, seed, partial(plain, keep_start=KEEP), 0))
+        made.append(("bent lines", first, seed, partial(our_needles, seed), 2))
+        made.append(("bent lines, published", first, seed, partial(published_needles, seed), 2))
+    made.append(("all patches", first, 0, partial(our_needles, 0, first), 0))
     return [
-        (f"{side}-{patches}-{seed}", partial(needle_run, make, patches, sizes, seed))
-        for side, patches, seed, make in makes
+        (f"{side}-{patches}-{seed}", partial(needle_run, make, patches, sizes, seed, corners))
+        for side, patches, seed, make, corners in made
     ]
 
 
@@ -104,7 +111,7 @@ def resume(jobs: Sequence[tuple[str, Callable[[], dict[str, Any]]]], runs: Path,
     runs.mkdir(parents=True, exist_ok=True)
     found = {}
     for name, job in jobs:
-        path = runs / f"{name.replace(' ', '-')}.json"
+        path = runs / f"{name.replace(', ', ' ').replace(' ', '-')}.json"
         if not path.exists() and not report:
             path.with_suffix(".aside").write_text(json.dumps({**job(), "commit": record._commit()}, indent=1) + "\n")
             path.with_suffix(".aside").rename(path)
@@ -153,7 +160,7 @@ def _learned(side: str, patches: int, runs: Sequence[dict[str, Any]], goal: int 
     found = [one["recall"] for one in runs]
     target = f"{goal} of 20" if goal else "no target: the comparison"
     return record.claim(
-        f"ips.needles.n{patches}.{side}".replace(" ", "-"),
+        f"ips.needles.n{patches}.{side}".replace(", ", " ").replace(" ", "-"),
         sum(learned),
         f"of {len(runs)} seeds learn",
         f"majority >= {LEARNS} and recall >= {FINDS}",

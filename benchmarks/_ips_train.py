@@ -17,6 +17,7 @@ import _ips_data as data
 from _published_ips import PublishedSelection
 from foveate.geometry.patch_source import PatchSource
 from foveate.models.recognition import RecognitionModel
+from foveate.nn.detail import DetailPrior
 from foveate.nn.heads import total_loss
 from foveate.nn.schedule import KeepSchedule
 
@@ -58,6 +59,7 @@ class Ours:
 
     def __init__(self, model: RecognitionModel, schedule: KeepSchedule, half: bool = False) -> None:
         self.model, self.schedule, self.half = model, schedule, half
+        self.prior = DetailPrior(schedule.start)
         if half:
             model.encoder.to(memory_format=torch.channels_last)
 
@@ -66,7 +68,11 @@ class Ours:
 
     def loss(self, bags: Bags, rows: Sequence[int], progress: float) -> Tensor:
         """Choose, read, predict."""
-        chosen = self.model.choose([bags.sources[row] for row in rows], self.schedule.at(progress))
+        names, by_detail = list(map(str, rows)), self.schedule.by_detail_at(progress)
+        sources = [bags.sources[row] for row in rows]
+        chosen = self.model.choose(
+            sources, self.schedule.at(progress), prior=self.prior, by_detail=by_detail, names=names
+        )
         with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
             logits = self.model(chosen)
         return total_loss(self.model.config.tasks, logits, bags.labels(rows)).mean()

@@ -148,6 +148,11 @@ def test_bad_labels(tmp_path: Path, spec: dict[str, Any], labels: str, message: 
         ({"select": {"keep": 0}}, "select.keep=0 is below 1"),
         ({"select": {"warm_start": 3, "attend": "all"}}, "select.warm_start=3 needs rule=exact and attend=kept"),
         ({"select": {"keep_start": 3}}, "select.keep_start=3 is below keep=64"),
+        ({"select": {"by_detail": 1.0}}, "select.by_detail=1.0 is outside 0 to below 1: give a share, such as 0.5"),
+        (
+            {"select": {"keep_start": 64, "by_detail": 0.5}, "train": {"epochs": None, "minutes": 1.0}},
+            "select.by_detail needs train.epochs, over which it falls: give epochs, or by_detail=0",
+        ),
         ({"select": {"rule": "buffered", "rank": "best"}}, "the published rule 'buffered' ranks by the mean"),
         ({"train": {"epochs": None, "minutes": 1.0}}, "select.keep_start needs train.epochs"),
         ({"train": {"dice_weight": 0.5}}, "train.dice_weight has no meaning in a recognition run"),
@@ -166,6 +171,14 @@ def test_keep_falls_by_equal_factors() -> None:
     select = SelectConfig(keep=10, keep_start=80, anneal=0.5)
     assert [select.schedule(12).at(epoch) for epoch in (0, 2, 4, 6, 11)] == [80, 40, 20, 10, 10]
     assert math.isclose(select.start, 80)
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [({}, 0.5), ({"rule": "buffered"}, 0.0), ({"by_detail": 0.25}, 0.25), ({"by_detail": 0.0}, 0.0)],
+)
+def test_half_of_what_is_kept_at_first_is_chosen_for_its_detail(settings: dict[str, Any], share: float) -> None:
+    assert SelectConfig(**settings).schedule(10).by_detail == share
 
 
 def test_every_setting_of_training_is_used_or_refused() -> None:

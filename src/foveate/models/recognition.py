@@ -15,6 +15,7 @@ from foveate.errors import ConfigError
 from foveate.geometry.patch_source import PatchSource
 from foveate.models.files import WEIGHTS_FILE, load_state, no_model, read_config, save_model
 from foveate.nn.aggregator import PLACES, Aggregator, PlaceCode
+from foveate.nn.detail import DetailPrior
 from foveate.nn.fast_copy import fast_copy
 from foveate.nn.heads import Heads, TaskSpec, check_tasks
 from foveate.nn.patch_encoder import PatchEncoder, create_patch_encoder, uses_batch_statistics
@@ -158,9 +159,11 @@ class RecognitionModel(nn.Module):
         generator: torch.Generator | None = None,
         *,
         warm: WarmStart | None = None,
+        prior: DetailPrior | None = None,
+        by_detail: int = 0,
         names: Sequence[str] = (),
     ) -> Chosen:
-        """Select the patches of several bags, one bag after the other, and read them.
+        """Select the patches of several bags, and read them.
 
         A bag of at most ``keep`` patches is taken whole without a look at it.
 
@@ -169,12 +172,15 @@ class RecognitionModel(nn.Module):
             keep: instead of the configured one, such as ``KeepSchedule.at`` gives.
             generator: where the order comes from, where a model in training shuffles.
             warm: what is remembered of earlier epochs.
-            names: of the bags, for ``warm``.
+            prior: what is remembered of detail.
+            by_detail: how many of ``keep`` are the most detailed patches beside those that attention ranks first.
+            names: of the bags, for ``warm`` and ``prior``.
 
         Raises:
-            ConfigError: ``attend="all"`` while the encoder uses statistics of the batch, or with a warm start.
+            ConfigError: ``attend="all"`` while the encoder uses statistics of the batch, or with a warm start; bags
+                without names where something is remembered of them; all of ``keep`` by detail.
 
-        Cost: memory of the kept patches and of one selection at a time.
+        Cost: memory of the kept patches, of the logits of all bags, and of one selection at a time.
         """
         tally = self.config.attend == "all"
         if tally and self.training and uses_batch_statistics(self.encoder):
@@ -182,19 +188,35 @@ class RecognitionModel(nn.Module):
                 "attend='all' with an encoder that norms by batch statistics: the patches looked at and the patches "
                 "trained on would not be the same; use norm='group', freeze the encoder, or attend='kept'"
             )
-        if warm is not None and (tally or len(names) != len(bags)):
+        if warm is not None and tally:
             raise ConfigError(
-                f"a warm start of {len(bags)} bags with {len(names)} names and attend={self.config.attend!r}: name "
-                "each bag, and use attend='kept', because patches that are not looked at cannot be attended"
+                f"a warm start with attend={self.config.attend!r}: use attend='kept', because patches that are not "
+                "looked at cannot be attended"
+            )
+        if (warm is not None or by_detail) and len(names) != len(bags):
+            raise ConfigError(
+                f"{len(bags)} bags with {len(names)} names: name each bag, as they are remembered by name"
+            )
+        ours = check_keep(self.config.keep if keep is None else keep) - by_detail
+        if not 0 <= by_detail < ours + by_detail or (by_detail and prior is None):
+            raise ConfigError(
+                f"by_detail={by_detail} of {ours + by_detail} patches: give a prior, and leave one patch at least to "
+                "attention"
             )
         selector, chunk = self.selector(), self.config.chunk
-        selections, patches, centres = [], [], []
-        for place, bag in enumerate(bags):
-            if warm is None:
-                one = selector.select(bag, chunk, generator, keep=keep, shortcut=True, tally=tally)
-            else:
-                one = warm.select(selector, names[place], bag, chunk, keep=keep)
-            selections.append(one)
+        if warm is None:
+            selections = selector.select_all(bags, chunk, generator, keep=ours, shortcut=True, tally=tally)
+        else:
+            selections = [
+                warm.select(selector, name, bag, chunk, keep=ours) for name, bag in zip(names, bags, strict=True)
+            ]
+        if prior is not None and by_detail:
+            selections = [
+                prior.add(one, name, bag, by_detail, chunk)
+                for one, name, bag in zip(selections, names, bags, strict=True)
+            ]
+        patches, centres = [], []
+        for bag, one in zip(bags, selections, strict=True):
             if len(one.index):
                 patches.append(bag.read(one.index))
                 if self.place is not None:

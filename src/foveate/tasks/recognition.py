@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from foveate.errors import ConfigError, FormatError, MissingExtraError
 from foveate.geometry.patch_source import PatchSource
 from foveate.models.recognition import Chosen, RecognitionModel
+from foveate.nn.detail import DetailPrior
 from foveate.nn.heads import TaskSpec
 from foveate.nn.patch_encoder import freeze
 from foveate.nn.selection import Coverage
@@ -81,17 +82,17 @@ class RecognitionTask:
         self.skipped: dict[str, str] = {}
         every = config.select.warm_start
         self.warm = WarmStart(every=every) if every > 1 else None
+        self.schedule, self.prior = config.select.schedule(config.train.epochs), DetailPrior(config.select.start)
         self.coverage: list[Coverage] = []  # of the selections since the last validation
 
     def batches(self, epoch: int, plan: Sequence[Sequence[int]], device: torch.device) -> Iterator[BagBatch]:
         """Choose the patches of every batch with the weights as they are when the batch is asked for."""
-        keep = self.config.select.schedule(self.config.train.epochs).at(epoch)
-        return self._chosen("train", plan, keep, epoch)
+        return self._chosen("train", plan, epoch)
 
-    def _chosen(self, kind: str, plan: Sequence[Sequence[int]], keep: int, epoch: int | None) -> Iterator[BagBatch]:
+    def _chosen(self, kind: str, plan: Sequence[Sequence[int]], epoch: int | None) -> Iterator[BagBatch]:
         stream = self._stream(kind, [item for batch in plan for item in batch])
         for batch in plan:
-            yield self._batch(kind, batch, islice(stream, len(batch)), keep, epoch)
+            yield self._batch(kind, batch, islice(stream, len(batch)), epoch)
         deque(stream, maxlen=0)  # a loader's processes end when it is asked once more
 
     def _stream(self, kind: str, order: Sequence[int]) -> Iterator[PatchSource | Exception]:
@@ -110,7 +111,7 @@ class RecognitionTask:
         )
         return iter(loader)
 
-    def _batch(self, kind: str, items: Sequence[int], bags: Iterable[Any], keep: int, epoch: int | None) -> BagBatch:
+    def _batch(self, kind: str, items: Sequence[int], bags: Iterable[Any], epoch: int | None) -> BagBatch:
         """Choose from every bag that can be read; with ``eager`` loading all of them are in memory before."""
         bags = list(bags) if self.config.data.loading == "eager" else bags
         chosen, seen, needles = [], [], []
@@ -119,7 +120,7 @@ class RecognitionTask:
             try:
                 if isinstance(bag, Exception):
                     raise bag
-                picked = self._choose(kind, row, bag, keep)
+                picked = self._choose(row, bag, epoch)
                 marks = self.marks[row.item.name] if kind == "val" else None
                 needles.append(needle_recall(marks, picked.selections[0].index, bag, row, self.config.data))
                 chosen.append(self._varied(picked, row, epoch))
@@ -131,10 +132,13 @@ class RecognitionTask:
         names = tuple(self.rows[kind][item].item.name for item in seen)
         return BagBatch(join(chosen), targets, names, tuple(one for one in needles if one))
 
-    def _choose(self, kind: str, row: Row, bag: PatchSource, keep: int) -> Chosen:
-        if self.warm is None or kind != "train":
-            return self.network.choose([bag], keep)
-        chosen = self.network.choose([bag], keep, warm=self.warm, names=[row.item.name])
+    def _choose(self, row: Row, bag: PatchSource, epoch: int | None) -> Chosen:
+        """By attention alone where nothing is learned; in an epoch as the schedule says."""
+        if epoch is None:
+            return self.network.choose([bag])
+        keep, by_detail = self.schedule.at(epoch), self.schedule.by_detail_at(epoch)
+        names = [row.item.name]
+        chosen = self.network.choose([bag], keep, warm=self.warm, prior=self.prior, by_detail=by_detail, names=names)
         self.coverage += [one.coverage for one in chosen.selections if one.coverage is not None]
         return chosen
 
@@ -196,7 +200,7 @@ class RecognitionTask:
         losses, said, index = [], list[dict[str, Tensor]](), list[int]()
         needles = list[Mapping[str, float]]()
         plan = [[item] for item in range(len(rows))]
-        for item, batch in enumerate(self._chosen("val", plan, self.config.select.keep, None)):
+        for item, batch in enumerate(self._chosen("val", plan, None)):
             if batch.chosen is None:
                 continue
             logits = {name: value.float().cpu() for name, value in model(batch.chosen).items()}

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from foveate.geometry.image import Real
 from foveate.nn.heads import KINDS
 from foveate.nn.rank import RANKS
 from foveate.nn.schedule import KeepSchedule
@@ -177,8 +178,8 @@ class SelectConfig:
     """Patches that are looked at together; it sets memory and speed, and never what is chosen."""
     rule: str = "exact"
     """``exact``, or ``buffered`` (as published; depends on ``chunk``)."""
-    rank: str = "quota"
-    """How heads and queries agree on a patch: ``quota`` (each brings its own best), ``best``, ``mean`` (as published)
+    rank: str = "mean"
+    """How heads and queries agree on a patch: ``mean`` (as published), ``best``, ``quota`` (each brings its own best)
     or ``lse``."""
     attend: str = "kept"
     """What a prediction rests on: the ``kept`` patches (as published), or ``all``, of which the kept ones alone carry
@@ -188,9 +189,11 @@ class SelectConfig:
     keep_start: int | None = None
     """``keep`` in the first epoch, from which it falls, and which sets the memory; ``null``: 8 times ``keep``, but at
     most 128 or ``keep`` itself; equal to ``keep``: no fall."""
+    by_detail: float | None = None
+    """Share of the kept patches that are the most detailed ones in the first epoch, instead of those that attention
+    ranks first; it falls to nothing. ``null``: 0.5, and 0 with the published rule."""
     anneal: float = 0.6
-    """Share of the epochs over which it falls."""
-
+    """Share of the epochs over which both fall."""
     warm_start: int = 1
     """A look at all patches of an image each so many epochs; in between at the contenders of the last look and at a
     rotating sample, and every validation says what may have been missed. 1: always all, exactly. Above 1 a run that was
@@ -203,7 +206,12 @@ class SelectConfig:
 
     def schedule(self, epochs: int | None) -> KeepSchedule:
         """Patches kept in every epoch of a run."""
-        return KeepSchedule(self.start, self.keep, self.anneal * (epochs or 0))
+        return KeepSchedule(self.start, self.keep, self.anneal * (epochs or 0), self.prior)
+
+    @property
+    def prior(self) -> Real:
+        """``by_detail``, once it is resolved."""
+        return (0.5 if self.rule == "exact" else 0.0) if self.by_detail is None else self.by_detail
 
     def __post_init__(self) -> None:
         among("select.rule", self.rule, RULES)
@@ -217,6 +225,9 @@ class SelectConfig:
         require(
             self.warm_start == 1 or (self.rule, self.attend) == ("exact", "kept"),
             f"select.warm_start={self.warm_start} needs rule=exact and attend=kept: set them, or warm_start to 1",
+        )
+        require(
+            0 <= self.prior < 1, f"select.by_detail={self.prior} is outside 0 to below 1: give a share, such as 0.5"
         )
         require(0 <= self.anneal <= 1, f"select.anneal={self.anneal} is outside 0 to 1: give a share of the epochs")
         require(
@@ -273,4 +284,8 @@ class RecognitionConfig:
         require(
             not falls or self.train.epochs is not None,
             "select.keep_start needs train.epochs, over which keep falls: give epochs, or keep_start equal to keep",
+        )
+        require(
+            not self.select.by_detail or self.train.epochs is not None,
+            "select.by_detail needs train.epochs, over which it falls: give epochs, or by_detail=0",
         )
