@@ -17,7 +17,7 @@ import _ips_data as data
 from _published_ips import PublishedSelection
 from foveate.geometry.patch_source import PatchSource
 from foveate.models.recognition import RecognitionModel
-from foveate.nn.detail import DetailPrior
+from foveate.nn.detail_prior import DetailPrior
 from foveate.nn.heads import total_loss
 from foveate.nn.schedule import KeepSchedule
 

@@ -15,7 +15,7 @@ from foveate.errors import ConfigError
 from foveate.geometry.patch_source import PatchSource
 from foveate.models.files import WEIGHTS_FILE, load_state, no_model, read_config, save_model
 from foveate.nn.aggregator import PLACES, Aggregator, PlaceCode
-from foveate.nn.detail import DetailPrior
+from foveate.nn.detail_prior import DetailPrior
 from foveate.nn.fast_copy import fast_copy
 from foveate.nn.heads import Heads, TaskSpec, check_tasks
 from foveate.nn.patch_encoder import PatchEncoder, create_patch_encoder, uses_batch_statistics

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from foveate.errors import ConfigError, FormatError, MissingExtraError
 from foveate.geometry.patch_source import PatchSource
 from foveate.models.recognition import Chosen, RecognitionModel
-from foveate.nn.detail import DetailPrior
+from foveate.nn.detail_prior import DetailPrior
 from foveate.nn.heads import TaskSpec
 from foveate.nn.patch_encoder import freeze
 from foveate.nn.selection import Coverage

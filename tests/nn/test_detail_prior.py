@@ -7,7 +7,7 @@ from torch import Tensor
 from foveate.errors import BudgetError, ConfigError
 from foveate.geometry.patch_source import TensorPatches
 from foveate.models import create_model
-from foveate.nn.detail import DetailPrior, detail
+from foveate.nn.detail_prior import DetailPrior, detail
 from foveate.nn.schedule import KeepSchedule
 
 
