@@ -16,6 +16,7 @@ from torch import Tensor
 
 import _ips_data as data
 import record
+from _ips_curves import draw_curves
 from _ips_train import Bags, Budget, Ours, Published, train
 from _published_ips import PublishedSelection, projector
 from foveate.geometry.patch_source import TensorPatches
@@ -127,8 +128,9 @@ def commits(runs: Path) -> str:
 
 
 def needle_claims(sizes: Needles, runs: Path, report: bool) -> Claims:
-    """How many seeds learn, how well, and at what time against the published rule."""
+    """How many seeds learn, how well, and at what time against the published rule; their curves beside the runs."""
     found = resume(needle_jobs(sizes), runs, report)
+    draw_curves(found, runs / "curves.png")
     claims: Claims = []
     for place, patches in enumerate(sizes.patches):
         sides = {name.rsplit("-", 2)[0] for name in found if name.rsplit("-", 2)[1] == str(patches)}
