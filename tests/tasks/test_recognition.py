@@ -217,7 +217,7 @@ def test_frozen_blocks_stay(crosses: Path, tmp_path: Path) -> None:
     assert any(name.startswith("encoder.net.blocks.2.") for name in changed)
 
 
-@pytest.mark.parametrize(("name", "num_tasks"), [("megapixel-mnist", 4), ("slide-labels", 1)])
+@pytest.mark.parametrize(("name", "num_tasks"), [("megapixel-mnist", 4), ("slide-labels", 1), ("traffic-signs", 1)])
 def test_examples_are_complete(name: str, num_tasks: int) -> None:
     config = load_as(RecognitionConfig, Path(__file__).parents[2] / f"examples/{name}.yaml")
     assert len(config.data.tasks) == num_tasks
