@@ -275,7 +275,7 @@ class FitResult:
         position, scores = self.loop.position, self.loop.last_scores
         text = (
             f"{self.folder}: ended by {self.loop.reason} after {position.epoch} epochs, {position.step} steps, "
-            f"{position.seconds:.0f} s of training"
+            f"{position.seconds:.0f} s of training in {self.loop.precision}"
         )
         if scores:
             needle = f", needle recall {scores[RECALL]:.3f} of {scores[CEILING]:.3f}" if RECALL in scores else ""
