@@ -137,6 +137,8 @@ def test_evaluate_scores_with_intervals(run: Path, capsys: pytest.CaptureFixture
     assert "validation score" not in (run / "evaluation/test.html").read_text()  # it is in the picture
     assert main(["evaluate", str(run), "--split", "val"]) == 0
     assert "balanced_accuracy" in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--precision", "bf16"]) == 2
+    assert f"--precision=bf16 is for masks, and {run} says labels; leave it out" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="split='all' is none of train, val, test"):
         evaluate_labels(run, split="all")
     data = load_recognition(run)[1].data
