@@ -142,8 +142,9 @@ class PatchSelector:
         return select_buffered(self.encoder, self.scorer, source, num, chunk, order, self.position)
 
     def _exact(self, sources: list[PatchSource], keep: int, chunk: int, tally: bool) -> Iterator[Selection]:
+        every = torch.arange(max(map(len, sources), default=0))
         for group in [[source] for source in sources] if tally else [sources] if sources else []:
-            logits_RA, whole = self._look([(source, torch.arange(len(source))) for source in group], chunk, tally)
+            logits_RA, whole = self._look([(source, every[: len(source)]) for source in group], chunk, tally)
             for logits_NA in logits_RA.split([len(source) for source in group]):
                 score_N = score_patches(logits_NA, min(keep, len(logits_NA)), self.rank)
                 index = top_positions(score_N, min(keep, len(logits_NA)))
