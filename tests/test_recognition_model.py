@@ -49,6 +49,16 @@ def test_a_bag_has_the_same_answer_in_any_company(changes: dict[str, Any]) -> No
         laws.batch_invariance(lambda bags: listed(model(bags)), BAGS)
 
 
+def test_bytes_and_floats_may_stand_in_one_batch() -> None:
+    model = model_of(position="none").eval()
+    pixels = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
+    bags = [TensorPatches(pixels), TensorPatches(pixels.float() / 255)]
+    with torch.no_grad():
+        laws.batch_invariance(lambda some: listed(model(some)), bags)
+        for said in model(bags).values():
+            assert torch.equal(said[0], said[1])
+
+
 @pytest.mark.parametrize("chunk", [1, 13, 1000])
 def test_logits_do_not_depend_on_the_chunk(chunk: int) -> None:
     with torch.no_grad():

@@ -105,6 +105,12 @@ class Chosen:
     selections: tuple[Selection, ...]
 
 
+def join_patches(patches: Sequence[Shaped[Tensor, "_ *rest"]]) -> Shaped[Tensor, "T *rest"]:
+    """Patches of several bags end to end, at least one bag; bytes become floats where there are floats among them."""
+    mixed = len({part.dtype for part in patches}) > 1
+    return torch.cat([as_float(part) for part in patches] if mixed else list(patches))
+
+
 class RecognitionModel(nn.Module):
     """Bags in, logits of every task out.
 
@@ -222,7 +228,7 @@ class RecognitionModel(nn.Module):
                 if self.place is not None:
                     centres.append(relative_centres(bag)[one.index])
         lengths = tuple(len(one.index) for one in selections)
-        pixels = torch.cat(patches) if patches else torch.zeros(0, self.config.in_chans)
+        pixels = join_patches(patches) if patches else torch.zeros(0, self.config.in_chans)
         return Chosen(pixels, lengths, torch.cat(centres) if centres else None, tuple(selections))
 
     def forward(

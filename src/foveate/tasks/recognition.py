@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from foveate.errors import ConfigError, FormatError, MissingExtraError
 from foveate.geometry.patch_source import PatchSource
-from foveate.models.recognition import Chosen, RecognitionModel
+from foveate.models.recognition import Chosen, RecognitionModel, join_patches
 from foveate.nn.detail_prior import DetailPrior
 from foveate.nn.heads import TaskSpec
 from foveate.nn.patch_encoder import freeze
@@ -240,7 +240,7 @@ def join(parts: Sequence[Chosen]) -> Chosen | None:
         return None
     centres = [part.centres for part in parts if part.centres is not None]
     return Chosen(
-        torch.cat([part.patches for part in parts]),
+        join_patches([part.patches for part in parts]),
         tuple(length for part in parts for length in part.lengths),
         torch.cat(centres) if centres else None,
         tuple(one for part in parts for one in part.selections),
