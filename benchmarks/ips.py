@@ -62,8 +62,8 @@ WHY = {
     "ips.n10000.selection": ENCODES,
     "ips.n900.step": GRADIENT,
     "ips.n10000.step": ENCODES,
-    "ips.features": "bound by one product of matrices, which alone, at this processor's peak in bfloat16, allows 5 times",
-    "ips.needles.n5000.ours": "every seed learns the majority; what is missed are some of the 1s, which look like lines",
+    "ips.features": "bound by one product of matrices, which alone, in bfloat16 at this processor's peak, allows 5x",
+    "ips.needles.n5000.ours": "the majority is learned; what is missed are some of the 1s, which look like lines",
 }
 """Why a target is missed, by the beginning of the claim."""
 
