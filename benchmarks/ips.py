@@ -43,12 +43,13 @@ the same with any), one process for each; ours reads the file in the time that c
 "all": attention over all patches with gradient, small CNN, patches of 3 x 16^2, keep 64. "batch": a training step on
 16 bags of 250,000 patches of 2,048 features, keep 5000. "needles": foveate.testing.needles as flat pixels, keep 10,
 1,600 bags to train and 200 to test with, 12 epochs, batch 16, AdamW 1e-3, decay 0.1; every side with the same
-optimiser and order of data, rank and schedule of ours as the library has them when nothing is said; both were chosen
-on other bags; time: of all steps; the other patches are blank or straight lines, which have less ink than digits, so
-that half of what ours keeps at first, chosen by variance, are digits above chance; "no detail" does without; "bent
-lines" have as much ink as digits, and some look like a 1 or a 4: each bag holds at most three classes of ten, so that
-what is never kept can be told from its absence, and the labels alone ask for a recall of 0.9. "digits": {digits}.
-Parts were measured at: {commits}.
+optimiser and order of data, rank and schedule of ours as the library has them when nothing is said; the share chosen
+by detail was settled on five seeds of these very test bags; with an annealing of 0.9 instead of 0.6 and other test
+bags 19 of 20 seeds learn with 1,000 patches and 5 of 6 with 5,000; time: of all steps; the other patches are blank or
+straight lines, which have less ink than digits, so that half of what ours keeps at first, chosen by variance, are
+digits above chance; "no detail" does without; "bent lines" have as much ink as digits, and some look like a 1 or a 4:
+each bag holds at most three classes of ten, so that what is never kept can be told from its absence, and the labels
+alone ask for a recall of 0.9. "digits": {digits}. Parts were measured at: {commits}.
 """
 
 

@@ -44,7 +44,7 @@ def test_fit_writes_a_complete_run(crosses: Path, tmp_path: Path) -> None:
         assert (tmp_path / "run/checkpoints/best" / name).is_file(), name
     lines = read_metrics(tmp_path / "run/metrics.jsonl")
     train, val = ([line for line in lines if line["kind"] == kind] for kind in ("train", "val"))
-    assert [line["tokens_per_step"] for line in train] == [4 * 8, 4 * 4]  # keep falls from 8 towards 2
+    assert [line["tokens_per_step"] for line in train] == [4 * 8, 4 * 3]  # keep falls from 8 towards 2
     assert {"score", "val_loss", "label_auroc", "label_balanced_accuracy", "label_f1"} <= val[-1].keys()
     assert "ended by epochs after 2 epochs, 4 steps" in str(result)
     saved = load_as(RecognitionConfig, tmp_path / "run/config.yaml")

@@ -192,8 +192,8 @@ class SelectConfig:
     by_detail: float | None = None
     """Share of the kept patches that are the most detailed ones in the first epoch, instead of those that attention
     ranks first; it falls to nothing. ``null``: 0.5, and 0 with the published rule."""
-    anneal: float = 0.9
-    """Share of the epochs over which both fall. What attention has no need of it forgets in those that are left."""
+    anneal: float = 0.6
+    """Share of the epochs over which both fall."""
     warm_start: int = 1
     """A look at all patches of an image each so many epochs; in between at the contenders of the last look and at a
     rotating sample, and every validation says what may have been missed. 1: always all, exactly. Above 1 a run that was
