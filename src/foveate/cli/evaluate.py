@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from foveate.cli.parser import VerbParser, number, say
+from foveate.cli.parser import VerbParser, say
 from foveate.errors import ConfigError, FormatError
 
 
@@ -13,12 +13,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     parser.add_argument("--split", default="test", help="which split: train, val or test (default: test)")
     parser.add_argument("--data-root", metavar="DIR", help="where the data is, when it has moved since training")
-    parser.add_argument(
-        "--keep-ratio",
-        metavar="X",
-        type=number,
-        help="share of the tokens that go on at every prune point (default: as in training)",
-    )
+    parser.add_keep_ratio()
     parser.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), help="in which masks are made (default: the run's, auto)"
     )

@@ -15,6 +15,15 @@ class VerbParser(argparse.ArgumentParser):
     def __init__(self, verb: str, description: str) -> None:
         super().__init__(prog=f"foveate {verb}", description=description, allow_abbrev=False)
 
+    def add_keep_ratio(self) -> None:
+        """The flag of the verbs that make masks with a model that may prune."""
+        self.add_argument(
+            "--keep-ratio",
+            metavar="X",
+            type=number,
+            help="share of the tokens that go on at every prune point (default: as in training)",
+        )
+
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into the library's one-line error."""
         raise ConfigError(f"{message}; see {self.prog} --help")

@@ -30,12 +30,7 @@ def run(words: list[str]) -> int:
         type=count,
         help="side of sliding windows in pixels, 0: whole (default: as in training)",
     )
-    parser.add_argument(
-        "--keep-ratio",
-        metavar="X",
-        type=number,
-        help="share of the tokens that go on at every prune point (default: as in training)",
-    )
+    parser.add_keep_ratio()
     parser.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
