@@ -55,8 +55,8 @@ and the labels alone ask for a recall of 0.9. "digits": {digits}. Parts were mea
 
 
 ENCODES = (
-    "bound by encodes: the convolutions of the patches that are not blank, at this processor's peak in bfloat16, allow "
-    "52 to 56 times with 900 patches and 33 times with 10,000"
+    "bound by encodes: by a profile that this script does not make, the convolutions of the patches that are not blank "
+    "alone allow 52 to 56 times with 900 patches and 33 times with 10,000"
 )
 GRADIENT = "bound by the convolutions of the passes with gradient, which bfloat16 makes 3 times as fast"
 WHY = {
@@ -64,8 +64,8 @@ WHY = {
     "ips.n10000.selection": ENCODES,
     "ips.n900.step": GRADIENT,
     "ips.n10000.step": ENCODES,
-    "ips.features": "bound by one product of matrices, which alone, in bfloat16 at this processor's peak, allows 5x",
-    "ips.needles.n5000.ours": "the majority is learned; what is missed are some of the 1s, which look like lines",
+    "ips.features": "bound by one product of matrices, which alone, by a profile not made here, allows 5x in bfloat16",
+    "ips.needles.n5000.ours": "the majority is learned; some 1s are missed (in one seed looked at), which look like lines",
 }
 """Why a target is missed, by the beginning of the claim."""
 
