@@ -65,7 +65,7 @@ WHY = {
     "ips.n900.step": GRADIENT,
     "ips.n10000.step": ENCODES,
     "ips.features": "bound by one product of matrices, which alone, by a profile not made here, allows 5x in bfloat16",
-    "ips.needles.n5000.ours": "the majority is learned; some 1s are missed (in one seed looked at), which look like lines",
+    "ips.needles.n5000.ours": "the majority is learned; 1s, which look like lines, are missed (one seed looked at)",
 }
 """Why a target is missed, by the beginning of the claim."""
 
