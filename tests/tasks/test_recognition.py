@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -17,8 +18,9 @@ from foveate.tasks.bags import held, open_bag
 from foveate.tasks.config import load_as, load_config, save_config
 from foveate.tasks.items import Item
 from foveate.tasks.loop import Interrupted, Loop
+from foveate.tasks.recognise import load_recognition
 from foveate.tasks.recognition import build_model, build_task, fit
-from foveate.tasks.recognition_settings import RecognitionConfig
+from foveate.tasks.recognition_settings import RecognitionConfig, SelectConfig
 from foveate.tasks.run import read_metrics
 
 
@@ -240,3 +242,38 @@ def test_plan_says_what_there_is(crosses: Path, tmp_path: Path, capsys: pytest.C
     assert main(["plan", "--data", str(tmp_path / "run.yaml"), "--limit", "3"]) == 0
     assert "(mean 16 of 3 images)" in capsys.readouterr().out
     assert said[4].endswith("and on 8 in the end")
+
+
+def test_selection_looks_in_what_the_device_is_made_for(
+    crosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kind_of_bf16(made: bool) -> None:
+        monkeypatch.setattr("foveate.tasks.precision.is_made_for_bf16", lambda device: made)
+
+    config = tiny_labels(crosses, tmp_path / "run", train={"epochs": 1, "precision": "fp32"})
+    assert config.select.precision == "auto"
+    assert build_task(config).network.config.precision == "folded"
+    kind_of_bf16(True)
+    fit(config)
+    run, best = tmp_path / "run", tmp_path / "run/checkpoints/best"
+    assert load_as(RecognitionConfig, run / "config.yaml").select.precision == "bf16"
+    assert json.loads((best / "config.json").read_text())["precision"] == "bf16"
+    assert load_recognition(run)[0].config.precision == "bf16"
+    kind_of_bf16(False)  # another machine: what would be slow there is not taken over
+    assert load_recognition(run)[0].config.precision == "folded"
+    with pytest.raises(ConfigError, match=r"select.precision='folded' but the run in .* has 'bf16'; a run is resumed"):
+        fit(config, resume=True)
+    fit(replace(config, select=replace(config.select, precision="bf16")), overwrite=True)
+    assert load_recognition(run)[0].config.precision == "bf16"  # asked for
+
+
+def test_where_a_prediction_rests_on_all_patches_auto_only_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.tasks.precision.is_made_for_bf16", lambda device: True)
+    device = torch.device("cpu")
+    assert SelectConfig().precision_on(device) == "bf16"
+    assert SelectConfig(attend="all").precision_on(device) == "folded"
+    assert SelectConfig(attend="all", precision="bf16").precision_on(device) == "bf16"
+    with pytest.raises(
+        ConfigError, match=r"select.precision='fp23' is none of auto, fp32, folded, bf16, int8: did you"
+    ):
+        SelectConfig(precision="fp23")

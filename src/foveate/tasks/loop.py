@@ -341,6 +341,12 @@ def on_cpu() -> bool:
     return asked or not torch.accelerator.is_available()
 
 
+def run_device() -> torch.device:
+    """What training runs on."""
+    found = None if on_cpu() else torch.accelerator.current_accelerator()
+    return found or torch.device("cpu")
+
+
 def batch_plan(num_items: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Order an epoch: every item once, in an order drawn from (seed, epoch) alone, in batches over all processes."""
     order = np.random.default_rng([seed, epoch]).permutation(num_items).tolist()

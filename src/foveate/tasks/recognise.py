@@ -5,7 +5,7 @@ Legend: N patches, Q tasks, K outputs of a task or chosen patches.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +37,12 @@ class Recognised:
 
 
 def load_recognition(path: str | Path) -> tuple[RecognitionModel, RecognitionConfig]:
-    """A recognition model and its settings, see `load_trained`."""
-    return load_trained(path, RecognitionModel.from_pretrained, partial(load_as, RecognitionConfig))
+    """A recognition model and its settings, see `load_trained`; ``select.precision: auto`` is what suits this device,
+    which need not be what suited the one of training."""
+    model, config = load_trained(path, RecognitionModel.from_pretrained, partial(load_as, RecognitionConfig))
+    device = next(model.parameters()).device
+    model.config = replace(model.config, precision=config.select.precision_on(device))
+    return model, config
 
 
 def recognise(model: RecognitionModel, source: PatchSource, tasks: Mapping[str, LabelSpec]) -> Recognised:

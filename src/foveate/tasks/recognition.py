@@ -30,7 +30,7 @@ from foveate.tasks.class_metrics import main_score, score_task
 from foveate.tasks.config import save_config
 from foveate.tasks.fit import run_task
 from foveate.tasks.items import Item
-from foveate.tasks.loop import LoopResult
+from foveate.tasks.loop import LoopResult, run_device
 from foveate.tasks.marks import CEILING, RECALL, marks_of, needle_recall
 from foveate.tasks.recognition_settings import RecognitionConfig
 from foveate.tasks.splits import split_rows
@@ -323,7 +323,8 @@ def build_model(config: RecognitionConfig, train: Sequence[Row]) -> RecognitionM
     features = data.features is not None
     given: dict[str, Any] = {
         "tasks": task_specs(data.tasks),
-        **{name: getattr(select, name) for name in ("keep", "chunk", "rule", "rank", "attend", "precision")},
+        **{name: getattr(select, name) for name in ("keep", "chunk", "rule", "rank", "attend")},
+        "precision": select.precision_on(run_device()),
         "workers": config.train.num_workers if data.loading == "lazy" else 0,
         **({} if features else {"patch_size": data.patch_size}),
         **config.model.overrides,
@@ -366,5 +367,6 @@ def fit(config: RecognitionConfig, *, resume: bool = False, overwrite: bool = Fa
         Interrupted: Ctrl-C or SIGTERM; everything is saved and the message says how to continue.
     """
     task = build_task(config)
-    folder, result = run_task(task, task.config, resume=resume, overwrite=overwrite)
+    select = replace(task.config.select, precision=task.network.config.precision)  # the run says what `auto` came to
+    folder, result = run_task(task, replace(task.config, select=select), resume=resume, overwrite=overwrite)
     return FitResult(folder, result, tuple(task.skipped.values()))

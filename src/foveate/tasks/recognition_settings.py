@@ -8,11 +8,14 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
+
 from foveate.geometry.image import Real
 from foveate.nn.heads import KINDS
 from foveate.nn.rank import RANKS
 from foveate.nn.schedule import KeepSchedule
 from foveate.nn.selector import RULES
+from foveate.tasks.precision import AUTO, resolve_precision
 from foveate.tasks.settings import ModelSpec, TrainConfig
 from foveate.tasks.settings_data import DataConfig, SplitConfig, among, require
 
@@ -184,8 +187,9 @@ class SelectConfig:
     attend: str = "kept"
     """What a prediction rests on: the ``kept`` patches (as published), or ``all``, of which the kept ones alone carry
     gradient."""
-    precision: str = "fp32"
-    """In which patches are looked at: ``fp32``, ``folded`` (a fast copy of the encoder) or ``bf16``."""
+    precision: str = "auto"
+    """In which patches are looked at: ``fp32`` (the encoder itself), ``folded`` (a fast copy, other by rounding alone),
+    ``bf16``, ``int8`` (stored features), or ``auto``: ``bf16`` where the device is made for it, else ``folded``."""
     keep_start: int | None = None
     """``keep`` in the first epoch, from which it falls, and which sets the memory; ``null``: 8 times ``keep``, but at
     most 128 or ``keep`` itself; equal to ``keep``: no fall."""
@@ -213,11 +217,22 @@ class SelectConfig:
         """``by_detail``, once it is resolved."""
         return (0.5 if self.rule == "exact" else 0.0) if self.by_detail is None else self.by_detail
 
+    def precision_on(self, device: torch.device) -> str:
+        """``precision``, once it is resolved; where a prediction rests on all patches, ``auto`` only ever rounds.
+
+        Args:
+            device: where the model is.
+        """
+        if self.precision != AUTO:
+            return self.precision
+        half = self.attend == "kept" and resolve_precision(AUTO, device) == "bf16"
+        return "bf16" if half else "folded"
+
     def __post_init__(self) -> None:
         among("select.rule", self.rule, RULES)
         among("select.rank", self.rank, RANKS)
         among("select.attend", self.attend, ("kept", "all"))
-        among("select.precision", self.precision, ("fp32", "folded", "bf16"))
+        among("select.precision", self.precision, (AUTO, "fp32", "folded", "bf16", "int8"))
         for name in ("keep", "chunk", "warm_start"):
             count = getattr(self, name)
             require(count >= 1, f"select.{name}={count} is below 1: give 1 or more")
