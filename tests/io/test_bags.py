@@ -170,36 +170,94 @@ def test_a_bag_is_not_replaced_unasked(bag: Path) -> None:
     assert len(FeatureBag(bag)) == 3
 
 
-def write_h5(path: Path, values=None, corner=None, on_file=None, **attributes) -> Path:
+def write_h5(path: Path, values=None, corner=None, of_features=None, **attributes) -> Path:
+    """As both write it: attributes of the places and, by TRIDENT alone, of the features; none of the file."""
     with h5py.File(path, "w") as file:
         if values is not None:
             file["features"] = values
+            file["features"].attrs.update(of_features or {})
         if corner is not None:
             file["coords"] = corner
             file["coords"].attrs.update(attributes)
-        file.attrs.update(on_file or {})
     return path
 
 
 CORNER = np.array([[10, 20], [300, 40]])  # (x, y)
+BOXES = [[[20, 10], [532, 522]], [[40, 300], [552, 812]]]
+TRIDENT = {  # what it writes with every feature file
+    "patch_size": 256,
+    "patch_size_level0": 512,
+    "level0_magnification": 40,
+    "target_magnification": 20,
+    "overlap": 0,
+    "name": "slide",
+    "savetodir": "a/b",
+    "level0_width": 2000,
+    "level0_height": 1000,
+}
+CLAM = {  # what it writes with the patches, and not with the features
+    "patch_size": 256,
+    "patch_level": 1,
+    "downsample": (2.0, 2.0),
+    "downsampled_level_dim": np.array([1000, 500]),
+    "level_dim": (1000, 500),
+    "name": "slide",
+    "save_path": "a/b",
+}
+
+
+def test_a_bag_of_trident_is_read(tmp_path: Path) -> None:
+    about = {"name": "slide", "savetodir": "a/b", "encoder": "uni_v1"}
+    corner = CORNER.astype(np.int64)
+    path = write_h5(tmp_path / "a.h5", features(2).numpy().astype("f2"), corner, about, **TRIDENT)
+    found = FeatureBag(import_h5(path, tmp_path / "a.safetensors"))
+    assert torch.equal(found.read(torch.arange(2)), features(2).half())
+    assert found.boxes.tolist() == BOXES
+    assert found.shape == (1000, 2000)
+    assert (found.provenance["source"], found.provenance["encoder"]) == ("slide", "uni_v1")
+    assert found.provenance["h5"]["level0_magnification"] == 40
+
+
+def test_patches_over_the_border_end_with_the_image(tmp_path: Path) -> None:
+    """The grids of both begin inside the image and may end outside."""
+    path = write_h5(tmp_path / "a.h5", features(2).numpy(), CORNER, **TRIDENT | {"level0_width": 700})
+    found = FeatureBag(import_h5(path, tmp_path / "a.safetensors"))
+    assert found.shape == (1000, 700)
+    assert found.boxes.tolist() == [BOXES[0], [[40, 300], [552, 700]]]
+    write_h5(tmp_path / "a.h5", features(2).numpy(), CORNER, **TRIDENT | {"level0_width": 300})
+    with pytest.raises(
+        FormatError, match=r"patch 1 begins at y, x = \[40, 300\], outside the image of 1000 x 300 pixels"
+    ):
+        import_h5(path, tmp_path / "b")
+
+
+def test_a_bag_of_clam_is_read_with_its_patches(tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "a.h5", features(2).numpy(), CORNER.astype("i4"))
+    with pytest.raises(
+        FormatError, match=r"a.h5: does not say how large a patch is at level 0; pass patches \(CLAM's pa"
+    ):
+        import_h5(path, tmp_path / "a.safetensors")
+    patches = write_h5(tmp_path / "patches.h5", corner=CORNER, **CLAM)
+    found = FeatureBag(import_h5(path, tmp_path / "a.safetensors", patches=patches))
+    assert (found.boxes.tolist(), found.shape, found.provenance["source"]) == (BOXES, (1000, 2000), "slide")
+    plain = FeatureBag(import_h5(path, tmp_path / "b.safetensors", patch_size=512))
+    assert (plain.boxes.tolist(), plain.shape, plain.provenance["source"]) == (BOXES, None, "a")
 
 
 @pytest.mark.parametrize(
     "attributes",
     [
-        {"patch_size_level0": 512, "patch_size": 256, "level0_height": 1000, "level0_width": 2000, "name": "slide"},
         {"patch_size": 512, "patch_level": 0},
-        {"patch_size": 256, "patch_level": 1, "downsample": [2.0, 2.0]},
+        {"patch_size": 256, "patch_level": 0, "custom_downsample": 2},  # of the tools before TRIDENT
+        {"patch_size": 512, "patch_level": 0, "downsample": (1.0, 1.0), "level_dim": (2000, 1000)},
     ],
 )
-def test_bags_of_others_are_read(tmp_path: Path, attributes) -> None:
-    values = features(2).numpy()
-    path = write_h5(tmp_path / "a.h5", values[None] if "name" in attributes else values, CORNER, **attributes)
+def test_the_side_of_a_patch_follows_from_its_level(tmp_path: Path, attributes) -> None:
+    path = write_h5(tmp_path / "a.h5", features(2).numpy()[None], CORNER[None].astype("f8"), **attributes)
     found = FeatureBag(import_h5(path, tmp_path / "a.safetensors", half=False))
     assert torch.equal(found.read(torch.arange(2)), features(2))
-    assert found.boxes.tolist() == [[[20, 10], [532, 522]], [[40, 300], [552, 812]]]
-    assert found.shape == ((1000, 2000) if "name" in attributes else None)
-    assert found.provenance["source"] == ("slide" if "name" in attributes else "a")
+    assert found.boxes.tolist() == BOXES
+    assert found.shape == ((1000, 2000) if "level_dim" in attributes else None)
 
 
 def test_a_bag_goes_out_and_comes_back(tmp_path: Path, bag: Path) -> None:
@@ -227,6 +285,11 @@ def test_a_bag_goes_out_and_comes_back(tmp_path: Path, bag: Path) -> None:
         (
             {"values": np.zeros((2, 3), "f4"), "corner": CORNER},
             "does not say how large a patch is at level 0; pass patch",
+        ),
+        ({"values": np.zeros(0, "f4"), "corner": CORNER[:0]}, "a.h5: is a bag of 0 patches, of which nothing can be"),
+        (
+            {"values": np.zeros(768, "f4"), "corner": CORNER},
+            r"holds features float32 \(768,\) and coords \(2, 2\); give",
         ),
         (
             {"values": np.full((2, 3), np.nan, "f4"), "corner": CORNER, "patch_size_level0": 9},
