@@ -207,9 +207,9 @@ class FeatureProjector(nn.Module):
             raise ShapeError(
                 f"patches of {tuple(x.shape[1:])} for a model of {wanted} features; give features [N, {wanted}]"
             )
-        norm, linear, *rest = self.layers
+        norm, linear, last, relu = self.layers
         rows = [linear(norm(part.to(linear.weight.dtype))) for part in x.split(_FEATURE_ROWS)]
-        out: Tensor = nn.Sequential(*rest)(torch.cat(rows))
+        out: Tensor = relu(last(rows[0] if len(rows) == 1 else torch.cat(rows)))
         return out
 
     def parts(self) -> list[nn.Module]:

@@ -4,9 +4,9 @@ Legend: N vectors of one bag, D width, Q queries, H heads, A = Q * H queries of 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from jaxtyping import Float
@@ -110,8 +110,11 @@ class QueryAttention(nn.Module):
 
     def logits(self, x_ND: Float[Tensor, "*B N D"]) -> Float[Tensor, "*B N A"]:
         """Attention of every query and head to every vector before the softmax, float32."""
-        with torch.autocast(x_ND.device.type, enabled=False):
-            return functional.linear(x_ND.float(), self.folded().float())
+        return _products(self.folded(), x_ND)
+
+    def still_logits(self) -> Callable[[Tensor], Tensor]:
+        """``logits`` with the weights as they are now, folded once for any number of calls."""
+        return partial(_products, self.folded())
 
     def pool(self, x_ND: Float[Tensor, "*B N D"], whole: Tally | None = None) -> Float[Tensor, "*B Q D"]:
         """What the queries read.
@@ -151,3 +154,8 @@ class QueryAttention(nn.Module):
         total = whole.total.to(total) + total - total.detach()
         summed = whole.sum.to(summed) + summed - summed.detach()
         return summed / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
+
+
+def _products(folded_AD: Tensor, x_ND: Tensor) -> Tensor:
+    with torch.autocast(x_ND.device.type, enabled=False):
+        return functional.linear(x_ND.float(), folded_AD.float())

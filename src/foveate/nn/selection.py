@@ -3,6 +3,7 @@
 Legend: N patches of a bag, K kept ones, A queries of single heads, D width or spatial axes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from foveate.errors import BudgetError, ConfigError, FormatError
 from foveate.geometry.patch_source import PatchSource
-from foveate.nn.query_attention import Tally
+from foveate.nn.query_attention import QueryAttention, Tally
 from foveate.nn.rank import attention_share
 
 
@@ -23,6 +24,11 @@ class Scorer(Protocol):
     def logits(self, x_ND: Tensor, /) -> Tensor:
         """``[N, D]`` to ``[N, A]``, each row by itself."""
         ...
+
+
+def still_logits(scorer: Scorer) -> Callable[[Tensor], Tensor]:
+    """``scorer.logits`` for many calls while its weights stay as they are."""
+    return scorer.still_logits() if isinstance(scorer, QueryAttention) else scorer.logits
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,9 @@ def check_finite(logits_UA: Float[Tensor, "U A"], at: Int64[Tensor, " R"], row: 
     Raises:
         FormatError: NaN or infinite.
     """
-    if not bool(logits_UA.isfinite().all()):
+    if not bool(logits_UA.sum().isfinite()) and not bool(
+        logits_UA.isfinite().all()
+    ):  # a sum is quick, but may overflow
         bad = (~logits_UA.isfinite()).any(1)
         first = int(at[bad[row].cpu()].min())
         raise FormatError(

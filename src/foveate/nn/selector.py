@@ -14,11 +14,19 @@ from foveate.geometry.patch_source import PatchSource, TensorPatches
 from foveate.nn.buffered import select_buffered
 from foveate.nn.query_attention import Tally
 from foveate.nn.rank import RANKS, score_patches, top_positions
-from foveate.nn.selection import Scorer, Selection, check_finite, check_keep, device_of, relative_centres
+from foveate.nn.selection import (
+    Scorer,
+    Selection,
+    check_finite,
+    check_keep,
+    device_of,
+    relative_centres,
+    still_logits,
+)
 from foveate.nn.stream import Vectors, encoded_bags, evaluating, in_blocks
 
 RULES = ("exact", "buffered")
-_SCORED = 1024  # rows that are scored at a time
+_SCORED = 1024  # rows that are scored at a time where they are not scored in the blocks that encode them
 
 
 class PatchSelector:
@@ -167,30 +175,29 @@ class PatchSelector:
         self, bags: Sequence[tuple[PatchSource, Tensor]], chunk: int, tally: bool
     ) -> tuple[Float[Tensor, "R A"], Tally | None]:
         """Logits of all bags, one behind the other, and their tally where asked for."""
-        device = device_of(self.encoder, self.scorer)
-        place = torch.cat([relative_centres(source) for source, _ in bags]) if self.position is not None else None
-        lengths = torch.tensor([len(source) for source, _ in bags])
-        ends = lengths.cumsum(0)
-        starts = ends - lengths
-        index = torch.cat([start + index for start, (_, index) in zip(starts, bags, strict=True)])
+        device, score = device_of(self.encoder, self.scorer), still_logits(self.scorer)
+        index = torch.cat([index for _, index in bags])
+        place = torch.cat([relative_centres(one)[some] for one, some in bags]) if self.position is not None else None
+        apart = tally or place is not None  # otherwise no vector outlives its block
+        encode = self.encoder if apart else lambda x: score(self.encoder(x))
         logits_RA, whole = None, None
-        for part in encoded_bags(self.encoder, bags, chunk, device=device, workers=self.workers):
-            for at, x_RD, row in self._placed(part, place):
-                logits_UA = in_blocks(self.scorer.logits, x_RD, _SCORED)
+        for part in encoded_bags(encode, bags, chunk, device=device, workers=self.workers):
+            for at, x_UD, row in self._placed(part, place):
+                logits_UA = in_blocks(score, x_UD, _SCORED) if apart else x_UD
                 if logits_RA is None:
                     logits_RA = logits_UA.new_empty(len(index), logits_UA.shape[1])
-                check_finite(logits_UA, at - starts[torch.bucketize(at, ends, right=True)], row)
-                logits_RA[torch.searchsorted(index, at).to(device)] = logits_UA[row]
+                check_finite(logits_UA, index[at], row)
+                logits_RA[at.to(device)] = logits_UA[row]
                 if tally:
-                    times = row.bincount(minlength=len(x_RD))
+                    times = row.bincount(minlength=len(x_UD))
                     some = times > 0
-                    one = Tally.of((logits_UA.double() + times.log()[:, None])[some], x_RD[some])
+                    one = Tally.of((logits_UA.double() + times.log()[:, None])[some], x_UD[some])
                     whole = one if whole is None else whole.merge(one)
         assert logits_RA is not None
         return logits_RA, whole
 
     def _placed(self, part: Vectors, place: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Positions, vectors with their place, and the vector of each position."""
+        """Places, vectors and which one each place has; with a code of place each has its own."""
         row = part.row.to(part.x.device)
         if place is None or self.position is None:
             return [(part.index, part.x, row)]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from foveate.geometry.patch_source import PatchSource, constant_of
 
 Encode = Callable[[Tensor], Tensor]
-_PIXEL_ROWS, _FEATURE_ROWS = 32, 512
-_MOST_CONSTANTS = 4096
+_PIXEL_ROWS, _FEATURE_ROWS = 32, 1024
+_MOST_CONSTANTS = 4096  # that wait
 
 
 @contextmanager
@@ -69,9 +69,9 @@ class Vectors:
     """Some encoded patches.
 
     Args:
-        index: their positions, counted through all bags, each position in one value alone.
+        index: their places in what was asked for, counted through all bags, each place in one value alone.
         x: one vector for each distinct patch.
-        row: which vector each position has.
+        row: which vector each place has.
     """
 
     index: Int64[Tensor, " R"]
@@ -88,8 +88,9 @@ def encoded(
     device: torch.device,
     workers: int = 0,
 ) -> Iterator[Vectors]:
-    """Read and encode patches of one bag, see `encoded_bags`."""
-    return encoded_bags(encode, [(source, index)], chunk, device=device, workers=workers)
+    """Read and encode patches of one bag, see `encoded_bags`; ``Vectors.index`` counts through the bag itself."""
+    for part in encoded_bags(encode, [(source, index)], chunk, device=device, workers=workers):
+        yield Vectors(index[part.index], part.x, part.row)
 
 
 def encoded_bags(
@@ -100,7 +101,7 @@ def encoded_bags(
     device: torch.device,
     workers: int = 0,
 ) -> Iterator[Vectors]:
-    """Read and encode patches, in whatever order comes cheapest; every position comes out once.
+    """Read and encode patches, in whatever order comes cheapest; every place comes out once.
 
     A patch that is one constant (a blank one) is encoded once per value, and one that its source knows to be blank is
     not even read. Bags share the blocks that are encoded. The vectors do not depend on ``chunk``, ``workers``, the
@@ -117,32 +118,34 @@ def encoded_bags(
     """
     pending = _Pending(encode)
     for part, pixels in _reads(_parts(bags, chunk), workers):
-        pending.add(part.before + part.index, pixels.to(device), part.before + part.same)
+        pending.add(part.at, pixels.to(device), part.same)
         yield from pending.blocks(last=False)
     yield from pending.blocks(last=True)
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Positions of a source that are read at once, those that equal the first of them, and how many lie before."""
+    """Patches of a source that are read at once, their places, and the places of those that equal the first of them."""
 
     source: PatchSource
     index: Int64[Tensor, " R"]
+    at: Int64[Tensor, " R"]
     same: Int64[Tensor, " S"]
-    before: int
 
 
 def _parts(bags: Sequence[tuple[PatchSource, Tensor]], chunk: int) -> Iterator[_Part]:
     before = 0
     for source, index in bags:
-        known, blank = constant_of(source), index[:0]
+        known, at = constant_of(source), torch.arange(len(index))
+        same = at[:0]
         if known is not None:
             is_blank = known[index]
-            blank = index[is_blank]
-            index = torch.cat([blank[:1], index[~is_blank]])
-        for place, part in enumerate(index.split(chunk) if len(index) else ()):
-            yield _Part(source, part, blank[1:] if place == 0 else blank[:0], before)
-        before += len(source)
+            blank, plain = is_blank.nonzero()[:, 0], (~is_blank).nonzero()[:, 0]
+            at, same = torch.cat([blank[:1], plain]), blank[1:]
+        for some in at.split(chunk) if len(at) else ():
+            yield _Part(source, index[some], before + some, before + same)
+            same = same[:0]
+        before += len(index)
 
 
 def _reads(parts: Iterator[_Part], workers: int) -> Iterator[tuple[_Part, Tensor]]:
@@ -161,82 +164,71 @@ def _reads(parts: Iterator[_Part], workers: int) -> Iterator[tuple[_Part, Tensor
 
 
 class _Pending:
-    """Distinct patches that wait for their block, and who they stand for."""
+    """Distinct patches that wait for their block, and the places that each stands for."""
 
     def __init__(self, encode: Encode) -> None:
         self._encode = encode
         self._pixels: list[Tensor] = []
-        self._num = 0  # rows that wait
-        self._index: list[Tensor] = []
+        self._num = 0  # rows of pixels that wait
+        self._at: list[Tensor] = []
         self._row: list[Tensor] = []  # counted in the rows that wait
-        self._waiting: dict[bytes, int] = {}  # constants, by value
-        self._known: dict[bytes, Tensor] = {}
-        self._ready: list[Vectors] = []
+        self._constants: dict[bytes, tuple[Tensor, list[Tensor]]] = {}  # by value: the patch, and its places
 
     def add(self, at: Tensor, pixels: Tensor, same: Tensor) -> None:
         """Patches ``pixels`` at ``at``; those at ``same`` equal the first one."""
-        plain = torch.ones(len(at), dtype=torch.bool)
         if pixels.ndim > 2:
             flat = pixels.flatten(2)
-            plain = ~(flat == flat[..., :1]).all(2).all(1).cpu()
-            self._add_constants(at[~plain], pixels[~plain.to(pixels.device)], same if not plain[0] else same[:0])
-        if len(same) and bool(plain[0]):
-            self._queue(torch.cat([at[:1], same]), pixels[:1])
-            plain[0] = False
-        if bool(plain.any()):
-            self._pixels.append(pixels if bool(plain.all()) else pixels[plain.to(pixels.device)])
-            rows = len(self._pixels[-1])
-            self._index.append(at[plain])
-            self._row.append(torch.arange(self._num, self._num + rows))
-            self._num += rows
+            constant = (flat == flat[..., :1]).all(2).all(1)
+            if bool(constant.any()):
+                here = constant.cpu()
+                self._set_aside(at[here], pixels[constant], same if here[0] else same[:0])
+                at, pixels, same = at[~here], pixels[~constant], same[:0] if here[0] else same
+        if len(at):
+            self._queue(at, pixels, same)
 
-    def _queue(self, at: Tensor, pixels: Tensor) -> None:
-        """One row that stands for all of ``at``."""
+    def _queue(self, at: Tensor, pixels: Tensor, same: Tensor) -> None:
+        row = torch.arange(self._num, self._num + len(at))
+        self._at += [at, same]
+        self._row += [row, row[:1].expand(len(same))]
         self._pixels.append(pixels)
-        self._index.append(at)
-        self._row.append(torch.full((len(at),), self._num))
-        self._num += 1
+        self._num += len(at)
 
-    def _add_constants(self, at: Tensor, pixels: Tensor, same: Tensor) -> None:
-        if not len(at):
-            return
+    def _set_aside(self, at: Tensor, pixels: Tensor, same: Tensor) -> None:
+        """Constants wait until all has been read, so that each value is encoded once."""
         rows = np.ascontiguousarray(pixels.flatten(2)[..., 0].cpu().numpy())
         values, inverse = np.unique(rows.view(np.dtype((np.void, rows[0].nbytes)))[:, 0], return_inverse=True)
         which = torch.from_numpy(inverse)
         for place, value in enumerate(values):
-            key, mine = value.tobytes(), at[which == place]
-            if len(same) and place == int(which[0]):
-                mine = torch.cat([mine, same])
-            if key in self._known:
-                self._ready.append(Vectors(mine, self._known[key], torch.zeros_like(mine)))
-            elif key in self._waiting:
-                self._index.append(mine)
-                self._row.append(torch.full((len(mine),), self._waiting[key]))
-            else:
-                self._waiting[key] = self._num
-                self._queue(mine, pixels[which.to(pixels.device) == place][:1])
+            mine = (which == place).nonzero()[:, 0]
+            first = pixels[int(mine[0])]
+            corner = (slice(None), *(slice(1),) * (first.ndim - 1))  # one pixel is all there is to keep
+            _, places = self._constants.setdefault(value.tobytes(), (first[corner].clone().expand_as(first)[None], []))
+            places += [at[mine], same] if place == int(which[0]) else [at[mine]]
+        if len(self._constants) > _MOST_CONSTANTS:
+            self._queue_constants()
+
+    def _queue_constants(self) -> None:
+        for pixels, places in self._constants.values():
+            at = torch.cat(places)
+            self._queue(at[:1], pixels, at[1:])
+        self._constants = {}
 
     def blocks(self, *, last: bool) -> Iterator[Vectors]:
         """What can be had now: whole blocks, or everything."""
-        ready, self._ready = self._ready, []
-        yield from ready
+        if last:
+            self._queue_constants()
         if not self._num:
             return
         rows = block_rows(self._pixels[0])
         num = self._num if last else self._num // rows * rows
         if not num:
             return
-        index, row = torch.cat(self._index), torch.cat(self._row)
+        at, row = torch.cat(self._at), torch.cat(self._row)
         x_UD = torch.cat([self._block(min(rows, num - start), rows) for start in range(0, num, rows)])
-        for key in [key for key, place in self._waiting.items() if place < num]:
-            place = self._waiting.pop(key)
-            if len(self._known) < _MOST_CONSTANTS:
-                self._known[key] = x_UD[place : place + 1].clone()
-        self._waiting = {key: place - num for key, place in self._waiting.items()}
         done = row < num
         self._pixels = [pixels.clone() for pixels in self._pixels]  # lets go of the chunk that they are from
-        self._index, self._row, self._num = [index[~done]], [row[~done] - num], self._num - num
-        yield Vectors(index[done], x_UD, row[done])
+        self._at, self._row, self._num = [at[~done]], [row[~done] - num], self._num - num
+        yield Vectors(at[done], x_UD, row[done])
 
     def _block(self, num: int, rows: int) -> Tensor:
         """Vectors of the first patches that wait, which are floats no sooner than here, and wait no longer."""
