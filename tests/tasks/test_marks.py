@@ -100,6 +100,16 @@ def test_even_odd_equals_the_plain_way(points: list[tuple[int, int]]) -> None:
     assert held_by([np.array([(3.0, 3.0)])], np.array([3.0, 3.0]), np.array([[[0, 0], [4, 4.0]]])).tolist() == [0]
 
 
+def test_a_place_on_an_edge_belongs_to_one_of_the_neighbours() -> None:
+    """Whichever way round they are drawn; patch centres and outlines along pixels are both whole numbers."""
+    places = np.array([(y, x) for y in range(0, 33, 4) for x in range(0, 33, 4)], np.float64) + 100_000
+    for turned in range(16):
+        four = [square(100_000 + y, 100_000 + x, 16) for y in (0, 16) for x in (0, 16)]
+        four = [ring[::-1] if turned >> bit & 1 else ring for bit, ring in enumerate(four)]
+        held = sum(inside([ring], places).astype(int) for ring in four)
+        assert held.tolist() == [int(y < 100_032 and x < 100_032) for y, x in places]
+
+
 def geojson(path: Path, *places: tuple[float, float]) -> None:
     shapes = [{"type": "Feature", "geometry": {"type": "Point", "coordinates": [x, y]}} for y, x in places]
     path.write_text(json.dumps({"type": "FeatureCollection", "features": shapes}))
