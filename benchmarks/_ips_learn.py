@@ -57,14 +57,12 @@ def needles(count: int, patches: int, split: str, corners: int) -> Bags:
     return Bags(sources, targets, [bag.index for bag in drawn], dense)
 
 
-def our_needles(seed: int, keep: int = KEEP, **select: Any) -> Ours:
-    """Our model of flat pixels, with the library's own choice of rank and schedule where nothing else is said."""
+def our_needles(seed: int, keep: int = KEEP, norm: str = "group", **select: Any) -> Ours:
+    """Our model of flat pixels, with the library's own norm, rank and schedule where nothing else is said."""
     torch.manual_seed(seed)
     chosen = SelectConfig(keep=keep, **select)
-    settings = {"rule": chosen.rule, "rank": chosen.rank, "precision": chosen.precision, "keep": keep, "chunk": 8192}
-    model = create_model(
-        "ips_features", in_chans=64, width=128, norm="batch", tasks=data.tasks(data.NEEDLE), **settings
-    )
+    settings = {"rule": chosen.rule, "rank": chosen.rank, "precision": "folded", "keep": keep, "chunk": 8192}
+    model = create_model("ips_features", in_chans=64, width=128, norm=norm, tasks=data.tasks(data.NEEDLE), **settings)
     return Ours(model, chosen.schedule(1))
 
 
@@ -101,6 +99,9 @@ def needle_jobs(sizes: Needles) -> list[tuple[str, Callable[[], dict[str, Any]]]
         made.append(("bent lines", first, seed, partial(our_needles, seed), 2))
         made.append(("bent lines, published", first, seed, partial(published_needles, seed), 2))
     made.append(("all patches", first, 0, partial(our_needles, 0, first), 0))
+    for patches in sizes.patches:
+        for seed in range(sizes.seeds):
+            made.append(("batch norm", patches, seed, partial(our_needles, seed, norm="batch"), 0))
     return [
         (f"{side}-{patches}-{seed}", partial(needle_run, make, patches, sizes, seed, corners))
         for side, patches, seed, make, corners in made
@@ -204,8 +205,12 @@ def digit_run(side: str, sizes: Digits, seed: int) -> dict[str, Any]:
     return train(Ours(ours, chosen.schedule(1), half=True), bags, test, Budget(seconds=sizes.seconds), seed)
 
 
-def digit_claims(sizes: Digits, runs: Path, report: bool) -> Claims:
-    """The four tasks at equal CPU time."""
+def digit_claims(every: Sequence[Digits], runs: Path, report: bool) -> Claims:
+    """The four tasks at equal CPU time, for images of every size."""
+    return [claim for sizes in every for claim in _digit_claims(sizes, runs, report)]
+
+
+def _digit_claims(sizes: Digits, runs: Path, report: bool) -> Claims:
     jobs = [(f"{side}-{sizes.side}", partial(digit_run, side, sizes, 0)) for side in ("ours", "published")]
     found = resume(jobs, runs, report)
     if len(found) < len(jobs):

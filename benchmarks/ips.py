@@ -78,14 +78,14 @@ class Sizes:
     features: Sequence[int] = (10_000, 100_000, 1_000_000)
     equal: tuple[int, int, int, int] = (512, 16, 20, 3)
     paper: tuple[int, int, int] = (1500, 16, 2)  # side, batch, turns
-    large: tuple[int, int, int] = (5000, 2, 2)
+    large: tuple[int, int, int] = (5000, 16, 2)
     keep: int = 100
     warm: tuple[int, int] = (10_000, 3)
     wide: tuple[int, int] = (250_000, 2048)
     turns: int = 3
     all: int = 10_000
     needles: Needles = field(default_factory=Needles)
-    digits: Digits = field(default_factory=Digits)
+    digits: Sequence[Digits] = (Digits(), Digits(1500, 100, 5000, 200, 1500.0))
 
 
 QUICK = Sizes(
@@ -100,7 +100,7 @@ QUICK = Sizes(
     turns=1,
     all=300,
     needles=Needles((100,), 1, (1,), 1, 32, 8, 2),
-    digits=Digits(300, 20, 32, 8, 2.0),
+    digits=(Digits(300, 20, 32, 8, 2.0),),
 )
 Claims = list[dict[str, Any]]
 CHUNK = 1024  # of ours where features are read
@@ -296,12 +296,10 @@ def main(quick: bool, out: Path, only: str, report: bool, runs: Path, work: Path
                     name, *(f"\n  {one['claim']} {one['value']} {one['unit']} {one['note']}" for one in found["claims"])
                 )
     count, width = sizes.wide
-    digit = sizes.digits
-    drawn = "drawn digits" if data.banks()[0] is None else "MNIST's digits"
-    said = f"images of {digit.side}^2 with {drawn}, keep {digit.keep}, {digit.train} to train and {digit.test} to test "
-    said += (
-        f"with, {digit.seconds:g} CPU seconds of steps each, a cosine over them, ours in bfloat16 and without schedule"
-    )
+    said = "drawn digits" if data.banks()[0] is None else "MNIST's digits"
+    for digit in sizes.digits:
+        said += f", images of {digit.side}^2, keep {digit.keep}, {digit.train} to train and {digit.test} to test with, "
+        said += f"{digit.seconds:g} CPU seconds of steps each"
     protocol = PROTOCOL.format(patches=count, width=width, digits=said, commits=", ".join(commits))
     return record.write("ips", ("QUICK RUN, proves nothing. " if quick else "") + protocol, claims, out)
 
