@@ -22,6 +22,15 @@ class Place(Protocol):
     seconds: float
 
 
+@runtime_checkable
+class Parted(Protocol):
+    """An encoder that says what it is made of, from the input to the output, such as `PatchEncoder`."""
+
+    def parts(self) -> list[nn.Module]:
+        """Modules that parameters may be in."""
+        ...
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW whose weight decay spares vectors (norms, biases), tokens, codes and embeddings of place.
 
@@ -29,13 +38,14 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         model: Every parameter that requires a gradient is in it, once.
         config: Rate, betas and decays; a group's ``share`` of the rate is what ``layer_decay`` leaves of it.
     """
-    learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    depth = max((layer_of(name, 0) for name, _ in learned), default=0)
+    layer = layers_of(model)
+    depth = max(layer.values(), default=0) + 1
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in learned:
-        spared = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in _SPARED
-        share = config.layer_decay ** (depth + 1 - layer_of(name, depth + 1))
-        groups.setdefault((share, spared), []).append(parameter)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            spared = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in _SPARED
+            share = config.layer_decay ** (depth - layer.get(name, depth))
+            groups.setdefault((share, spared), []).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": groups[share, spared], "weight_decay": 0.0 if spared else config.weight_decay, "share": share}
@@ -46,12 +56,26 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     )
 
 
-def layer_of(name: str, other: int) -> int:
-    """Place of a parameter in the encoder: 0 in front of the blocks, then the block's number from 1; else ``other``."""
-    found = _BLOCK.match(name)
-    if found:
-        return int(found.group(1)) + 1
-    return 0 if name.startswith(_STEM) else other
+def layers_of(model: nn.Module) -> dict[str, int]:
+    """Place of every parameter of the encoder: 0 in front of the blocks, then the block's number from 1.
+
+    What is in no block is left out, and so is what is no encoder's. An encoder of patches has its blocks in
+    ``parts()``; a norm alone is none, but belongs to what is in front of it, as in timm's recipes.
+
+    Args:
+        model: with an ``encoder``.
+    """
+    named = list(model.named_parameters())
+    encoder = getattr(model, "encoder", None)
+    if not isinstance(encoder, Parted):
+        blocks = {name: int(found.group(1)) + 1 for name, _ in named if (found := _BLOCK.match(name))}
+        return blocks | {name: 0 for name, _ in named if name.startswith(_STEM)}
+    layer = {id(one): 0 for name, one in named if name.startswith("encoder.") and name.rsplit(".", 1)[-1] in _SPARED}
+    last = -1
+    for part in encoder.parts():
+        last += any(one.ndim > 1 for one in part.parameters())
+        layer |= {id(one): max(last, 0) for one in part.parameters()}
+    return {name: layer[id(one)] for name, one in named if id(one) in layer}
 
 
 def run_share(config: TrainConfig, position: Place, num_batches: int) -> float:

@@ -117,7 +117,7 @@ class TrainConfig:
     """Decay of AdamW's two running means."""
     layer_decay: float = 1.0
     """Factor on the learning rate from each block of the encoder to the one before it, for pretrained encoders; what is
-    not in a block (decoder, scorers, assembler) has the full rate."""
+    not in a block (decoder, scorers, assembler, queries, heads) has the full rate."""
     warmup: float = 0.05
     """Share of the run, from 0 to 1, in which the learning rate rises from 0."""
     schedule: str = "cosine"
