@@ -156,3 +156,13 @@ def test_save_picture_makes_folders(tmp_path: Path) -> None:
     figures.save_picture(tmp_path / "a" / "b.png", picture)
     with Image.open(tmp_path / "a" / "b.png") as saved:
         assert np.array_equal(np.asarray(saved), picture)
+
+
+def test_a_long_note_goes_on_below() -> None:
+    picture = np.zeros((50, 50, 3), np.uint8)
+    short, long = (figures.panel([[picture]], ["image"], side=240, note=note) for note in ("words", "words " * 30))
+    assert short.shape[1] == long.shape[1]
+    assert long.shape[0] > short.shape[0] + 20
+    assert (long[:, -6:] == 255).all()  # nothing is cut off at the border
+    bottom = [(shown[-20:] < 255).any() for shown in (short, long)]
+    assert bottom == [True, True]

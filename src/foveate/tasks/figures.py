@@ -3,6 +3,7 @@
 All pictures are uint8 arrays ``[H, W, 3]``. Volumes are shown as one plane of their first axis.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -226,18 +227,21 @@ def panel(rows: Sequence[Sequence[Picture]], titles: Sequence[str], *, side: int
         rows: rows of equally many pictures; each is brought to ``side`` pixels.
         titles: one per column; a line break starts a smaller second line.
         side: longest side of one picture in the panel, in pixels.
-        note: small text under the pictures.
+        note: small text under the pictures, in as many lines as it needs.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     if any(len(row) != len(titles) for row in rows):
         raise ShapeError(f"rows of {[len(row) for row in rows]} pictures do not match {len(titles)} titles")
-    gap, head, foot = max(6, side // 48), round(side * 0.15), round(side * 0.085) if note else 0
+    gap, head = max(6, side // 48), round(side * 0.15)
     large, small = ImageFont.load_default(side // 18), ImageFont.load_default(side // 24)
     heights = [max(fit_side(picture.shape, side)[0] for picture in row) for row in rows]
-    canvas = Image.new(
-        "RGB", (gap + len(titles) * (side + gap), head + sum(h + gap for h in heights) + foot), (255, 255, 255)
-    )
+    width = gap + len(titles) * (side + gap)
+    letters = int(len(note) * (width - 2 * gap) / max(small.getlength(note), 1))
+    lines = textwrap.wrap(note, max(letters, 1))
+    foot = round(side * 0.06)  # of a line
+    height = head + sum(h + gap for h in heights) + len(lines) * foot + bool(lines) * gap
+    canvas = Image.new("RGB", (width, height), (255, 255, 255))
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
         first, _, second = title.partition("\n")
@@ -250,8 +254,9 @@ def panel(rows: Sequence[Sequence[Picture]], titles: Sequence[str], *, side: int
             cell = resized(picture, *fit_side(picture.shape, side))
             canvas.paste(Image.fromarray(cell), (gap + column * (side + gap), top))
         top += height + gap
-    if note:
-        draw.text((gap, top), note, fill=(90, 90, 90), font=small)
+    for line in lines:
+        draw.text((gap, top), line, fill=(90, 90, 90), font=small)
+        top += foot
     return np.asarray(canvas)
 
 
