@@ -118,6 +118,17 @@ def test_best_is_kept_when_scores_fall(tmp_path: Path) -> None:
     assert not torch.equal(weights(best), weights(task))
 
 
+def test_of_equal_scores_the_later_model_is_the_best_and_patience_counts_on(tmp_path: Path) -> None:
+    task = ToyTask()
+    task.scores = iter([1, 5, 5, 5, 5])
+    result = Loop(task, toy_config(epochs=9, patience=2), tmp_path).run()
+    assert result.reason == "patience"
+    assert (result.position.best, result.position.best_step, result.position.step) == (5, 16, 16)
+    best = ToyTask()
+    best.load(tmp_path / "checkpoints/best")
+    assert torch.equal(weights(best), weights(task))
+
+
 def test_the_callers_generator_is_left_alone(tmp_path: Path) -> None:
     task = ToyTask()
     before = torch.get_rng_state()

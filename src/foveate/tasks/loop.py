@@ -312,12 +312,12 @@ class Loop:
         self.position.evaluated = self.position.step
         score = self._scores.get(self.task.score, math.nan)
         self.metrics.write("val", self.position, self._scores)
-        if score > self.position.best or math.isnan(score):  # without validation images the latest is the best
-            self.position = replace(self.position, best=score, best_step=self.position.step, waited=0)
+        better = score > self.position.best or math.isnan(score)  # without validation images the latest is the best
+        self.position.waited = 0 if better else self.position.waited + 1
+        if better or score == self.position.best:  # of few images many scores are equal; the later one has learned more
+            self.position = replace(self.position, best=score, best_step=self.position.step)
             if self.rank == 0:
                 save_checkpoint(self.folder / "checkpoints" / "best", self.task.save)
-        else:
-            self.position.waited += 1
 
     def _save(self) -> None:
         self._since_save = 0.0
