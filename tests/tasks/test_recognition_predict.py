@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_recognition import feature_run, features
 from tiny_labels import tiny_labels, write_crosses
 
 from foveate.cli import main
@@ -18,7 +19,15 @@ from foveate.geometry.patch_source import TensorPatches
 from foveate.io.raster import open_raster
 from foveate.nn.heads import TaskSpec
 from foveate.tasks.fit import task_of_run
-from foveate.tasks.heatmap import Heat, gallery, heatmap_picture, paint_boxes, write_heat_pyramid, write_scores
+from foveate.tasks.heatmap import (
+    Heat,
+    gallery,
+    heatmap_picture,
+    paint_boxes,
+    sharpness,
+    write_heat_pyramid,
+    write_scores,
+)
 from foveate.tasks.recognise import load_recognition, recognise
 from foveate.tasks.recognition import fit
 from foveate.tasks.recognition_evaluate import evaluate_labels
@@ -111,6 +120,20 @@ def test_what_is_there_is_refused_resumed_or_replaced(run: Path, tmp_path: Path)
     assert len((out / "predictions.csv").read_text().splitlines()) == 2
 
 
+def test_a_folder_of_bags_may_have_folders(tmp_path: Path) -> None:
+    root = features(tmp_path / "data")
+    fit(feature_run(root, tmp_path / "run"))
+    (root / "bags/deep").mkdir()
+    shutil.copy(root / "bags/s1.safetensors", root / "bags/deep/s1.safetensors")
+    predict_labels(tmp_path / "run", root / "bags", tmp_path / "out")
+    with (tmp_path / "out/predictions.csv").open() as file:
+        assert [row["id"] for row in csv.DictReader(file)] == ["deep/s1", *(f"s{index}" for index in range(8))]
+    labels = features(tmp_path / "more") / "labels.csv"
+    labels.unlink()
+    with pytest.raises(FormatError, match=r"labels.csv is not there: check the path, or data.root"):
+        fit(feature_run(tmp_path / "more", tmp_path / "run2"))
+
+
 def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=r"format='ome.tiff' is unknown, did you mean 'ome.tif'\?"):
         predict_labels(run, images(run, 1), tmp_path / "out", format="ome.tiff")
@@ -134,7 +157,10 @@ def test_evaluate_scores_with_intervals(run: Path, capsys: pytest.CaptureFixture
         assert np.isnan(one["mean"]) or one["low"] <= one["mean"] <= one["high"]
     saved = json.loads((run / "evaluation/test.json").read_text())
     assert saved["scores"]["label"]["accuracy"]["num"] == 4
-    assert "validation score" not in (run / "evaluation/test.html").read_text()  # it is in the picture
+    page = (run / "evaluation/test.html").read_text()
+    assert "validation score" not in page  # it is in the picture
+    wrong = [row for row in evaluation.rows if row["label"] != row["label said"]]
+    assert all(f"Not got right: {row['image']}: label is {row['label']}, said" in page for row in wrong)
     assert main(["evaluate", str(run), "--split", "val"]) == 0
     assert "balanced_accuracy" in capsys.readouterr().out
     assert main(["evaluate", str(run), "--precision", "bf16"]) == 2
@@ -185,6 +211,7 @@ def test_heat_is_told_against_the_mean_patch(tmp_path: Path) -> None:
     assert peaked.ranked.tolist() == [0, 2]
     assert np.allclose(peaked.values[2], [2.4 / 3.4, 0.3 / 1.3])
     assert heatmap_picture(peaked, None, {"t0": "a"}).shape[1] > 3 * 30
+    assert [sharpness(top) for top in (1.04, 2.4)] == ["looks everywhere alike", "highest 2.4 times the mean"]
     assert gallery(np.zeros((2, 3, 4, 4), np.uint8), peaked).shape == (174, 280, 3)
     assert gallery(np.zeros((2, 1, 4, 4), np.float32), peaked).shape == (174, 280, 3)
     write_heat_pyramid(tmp_path / "heat.ome.tif", peaked)

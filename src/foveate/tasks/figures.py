@@ -177,12 +177,18 @@ def label_overlay(picture: Picture, labels: Integer[np.ndarray, "H W"], *, alpha
 HEAT_NOTE = "probability: dark purple 0.1, green 0.5, yellow 1; grey below 0.1"
 
 
-def heat_overlay(picture: Picture, chance: Float[np.ndarray, "H W"]) -> Picture:
-    """Colour a greyed picture by a probability: nothing where it is 0, dark purple over green to yellow at 1."""
+def heat_overlay(picture: Picture, chance: Float[np.ndarray, "H W"], most: float = 0.8) -> Picture:
+    """Colour a greyed picture by a probability: nothing where it is 0, dark purple over green to yellow at 1.
+
+    Args:
+        picture: below.
+        chance: 0 to 1.
+        most: share of the colour where it is thickest, 0 to 1.
+    """
     from matplotlib import colormaps
 
     colour = colormaps["viridis"](chance.clip(0, 1), bytes=True)[..., :3].astype(np.float32)
-    share = np.clip(chance * 8, 0, 0.8).astype(np.float32)[..., None]
+    share = np.clip(chance * 8, 0, most).astype(np.float32)[..., None]
     mixed: Picture = (_greyed(picture) * (1 - share) + colour * share + 0.5).astype(np.uint8)
     return mixed
 

@@ -173,6 +173,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             rows = _cases(path, json.loads(text))
         else:
             raise FormatError(f"{path} is neither .csv, .jsonl nor .json: write the manifest as one of them")
+    except FileNotFoundError:
+        raise FormatError(f"{path} is not there: check the path, or data.root") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise FormatError(f"{path} cannot be read as a manifest: give a CSV or JSONL file ({error})") from None
     wrong = next((row for row in rows if not isinstance(row, dict) or None in row), None)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 from numpy.typing import NDArray
 
+from foveate.geometry.image import Real
 from foveate.geometry.rings import Polygons
 from foveate.geometry.source import Box, Source
 from foveate.io.write import atomic_write
@@ -121,9 +122,14 @@ def heatmap_picture(heat: Heat, native: Source | None, said: Mapping[str, str], 
     titles = [f"image\n{sides}, {len(heat.index):,} of {len(heat.boxes):,} patches chosen"]
     most = heat.times.max(0, initial=0)
     tasks = zip(heat.tasks, most, strict=True)
-    titles += [f"{task}: {said.get(task, '')}\nhighest {top:.1f} times the mean" for task, top in tasks]
-    shown = [heat_overlay(picture, layer) for layer in layers]
+    titles += [f"{task}: {said.get(task, '')}\n{sharpness(float(top))}" for task, top in tasks]
+    shown = [heat_overlay(picture, layer, most=0.6) for layer in layers]
     return panel([[outlined, *shown]], titles, side=max(512, height, width), note=HEAT_NOTE)
+
+
+def sharpness(top: Real) -> str:
+    """How far the hottest patch stands out, in words; ``top`` is its attention over the mean patch's."""
+    return f"highest {top:.1f} times the mean" if top >= 1.05 else "looks everywhere alike"
 
 
 def canvas(shape: Sequence[int], native: Source | None, side: int) -> Picture:

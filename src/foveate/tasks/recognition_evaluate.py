@@ -3,7 +3,6 @@
 Legend: B images, K outputs of a task.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +31,8 @@ NEEDLES = (
     "Needle recall: share of the marked places held by a chosen patch (the centre of one lies in the other), mean over "
     "the images with marks; its ceiling: what the best choice of as many patches could hold."
 )
+
+_SHOWN = 20  # images on the page that were not got right
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ class LabelEvaluation:
             curves = [("training", training_curves({self.run.name: records}, score="score"))]
         wrong = [row for row in self.rows if any(row[task] != row[f"{task} said"] for task in self.scores)]
         notes = ["Intervals: 95 %, by bootstrap over images.", *([NEEDLES] if self.needles else [])]
-        notes += [f"Not got right: {json.dumps(row, ensure_ascii=False)}" for row in wrong[:20]]
+        for row in wrong[:_SHOWN]:
+            said = [f"{task} is {row[task]}, said {row[f'{task} said']}" for task in self.scores]
+            notes.append(f"Not got right: {row['image']}: {'; '.join(said)}")
         settings = self.run / CONFIG
         return Report(
             title=f"{self.run}, {self.split} images",

@@ -146,8 +146,9 @@ def find_items(inputs: Sequence[str | Path], data: TableConfig) -> list[Item]:
         if path.suffix.lower() in (".csv", ".jsonl") and path.is_file():
             table = replace(data, root=str(path.parent), table=path.name)
             found = [row.item for row in read_table(table, labelled=False)]
-        elif path.is_dir() and any(path.glob(f"*{SUFFIX}")):
-            found = [Item(bag.stem, bag, None, bag.stem) for bag in sorted(path.glob(f"*{SUFFIX}"))]
+        elif path.is_dir() and (bags := sorted(path.rglob(f"*{SUFFIX}"))):
+            names = [bag.relative_to(path).with_suffix("").as_posix() for bag in bags]
+            found = [Item(name, bag, None, name) for name, bag in zip(names, bags, strict=True)]
         else:
             found = [replace(item, name=name_of(item.image)) for item in find_inputs([path])]
         for item in found:
