@@ -165,7 +165,7 @@ def test_bags_of_features_of_any_size_down_to_one_patch(tmp_path: Path) -> None:
     [
         (torch.zeros(3, 5), "holds features of width 5, the model takes 6; embed it the same way"),
         (torch.full((3, 6), torch.nan), "patch 0 holds NaN or infinite values; make the file again"),
-        (torch.zeros(0, 6), "is a bag of 0 patches, of which nothing can be said"),
+        (torch.zeros(0, 6), "is a bag of 0 patches (nothing can be said of it); embed it again, or leave it out"),
     ],
     ids=["width", "nan", "empty"],
 )

@@ -14,8 +14,8 @@ from foveate.errors import ConfigError, FoveateError
 VERBS = {
     "inspect": "show where an image's leaves go, or check a data set",
     "plan": "tokens, FLOPs and bytes of each stage, before anything runs",
-    "fit": "train a segmenter from a YAML file",
-    "predict": "write masks for images",
+    "fit": "train a segmenter or a classifier from a YAML file",
+    "predict": "write masks, or labels with heatmaps, for images",
     "embed": "write the features of every patch, one file per slide",
     "evaluate": "score a run at full resolution",
     "bench": "run a benchmark of the source checkout",

@@ -15,10 +15,12 @@ _FORMATS = (
 
 def run(words: list[str]) -> int:
     """Write a mask, and on request probabilities and pictures, for every input."""
-    parser = VerbParser("predict", "Write one mask per image, slide or volume, at its own resolution.")
+    parser = VerbParser(
+        "predict", "Write a mask at its own resolution, or a label with heatmaps, for every image, slide or volume."
+    )
     parser.add_argument("model", metavar="RUN_OR_MODEL", type=Path, help="a run folder or a saved model")
     parser.add_argument("inputs", metavar="INPUT", type=Path, nargs="+", help="files, folders, globs or manifests")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the masks go")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where masks or labels go")
     parser.add_argument("--format", metavar="LIST", help=_FORMATS)
     parser.add_argument("--mpp", metavar="X", type=number, help="size of a pixel in um, instead of what the file says")
     parser.add_argument(
@@ -49,7 +51,7 @@ def run(words: list[str]) -> int:
         action="store_true",
         help="skip what is complete (by name, whatever made it), go on with what was interrupted",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace masks that are there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there already")
     parser.add_argument("--max-pixels", metavar="N", type=count, help="refuse larger images where they are read whole")
     args = parser.parse(words)
 

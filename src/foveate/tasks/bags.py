@@ -45,9 +45,10 @@ def open_bag(item: Item, data: TableConfig, *, width: int | None = None, native:
     """
     source = _feature_bag(item, width) if data.features is not None else _grid(item, data, native)
     if not len(source):
-        raise bad_file(
-            item.image, "is a bag of 0 patches, of which nothing can be said; lower data.tissue or leave it out"
-        )
+        why, remedy = f"no patch has a share of tissue of {data.tissue:g}", "lower tissue"
+        if data.features is not None:
+            why, remedy = "nothing can be said of it", "embed it again"
+        raise bad_file(item.image, f"is a bag of 0 patches ({why}); {remedy}, or leave it out")
     return source
 
 
