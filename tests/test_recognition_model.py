@@ -172,7 +172,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     [
         ({"position": "index"}, "position='index' is none of none, sine, learned; choose one"),
         ({"attend": "some"}, "attend='some' is none of kept, all; choose one"),
-        ({"precision": "int8"}, "precision='int8' is none of fp32, folded, bf16; choose one"),
+        ({"precision": "int4"}, "precision='int4' is none of fp32, folded, bf16, int8; choose one"),
         ({"attend": "all", "rule": "buffered"}, "attend='all' with rule='buffered': only 'exact' looks at all"),
         ({"width": 0}, "width=0 is below 1; give a positive whole number"),
         ({"tasks": ()}, "tasks .*: give at least one, each with a name of its own"),

@@ -18,6 +18,7 @@ from foveate.nn.aggregator import PLACES, Aggregator, PlaceCode
 from foveate.nn.detail_prior import DetailPrior
 from foveate.nn.fast_copy import fast_copy
 from foveate.nn.heads import Heads, TaskSpec, check_tasks
+from foveate.nn.int8_copy import int8_copy
 from foveate.nn.patch_encoder import PatchEncoder, create_patch_encoder, uses_batch_statistics
 from foveate.nn.query_attention import QueryAttention
 from foveate.nn.selection import Selection, check_keep, relative_centres
@@ -25,7 +26,8 @@ from foveate.nn.selector import PatchSelector
 from foveate.nn.stream import as_float, block_rows, in_blocks
 from foveate.nn.warm_start import WarmStart
 
-_PRECISIONS = {"fp32": None, "folded": torch.float32, "bf16": torch.bfloat16}
+Encode = Callable[[Tensor], Tensor]
+_PRECISIONS = ("fp32", "folded", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class RecognitionConfig:
     """What a prediction rests on: the ``kept`` patches (published), or ``all`` of them, of which the kept ones alone
     carry the gradient."""
     precision: str = "fp32"
-    """Of the selection: ``fp32`` (the encoder itself), ``folded`` (a fast copy in float32) or ``bf16``."""
+    """Of the selection: ``fp32`` (the encoder itself), ``folded`` (a fast copy in float32), ``bf16``, or ``int8``
+    (stored features on the CPU: a first look in 8 bits, and one in float32 at the contenders)."""
     workers: int = 0
     """Threads that read ahead while patches are selected."""
 
@@ -77,10 +80,19 @@ class RecognitionConfig:
         for name, known in (
             ("position", PLACES),
             ("attend", ("kept", "all")),
-            ("precision", tuple(_PRECISIONS)),
+            ("precision", _PRECISIONS),
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}; choose one")
+        if self.precision == "int8" and self.encoder != "features":
+            raise ConfigError(
+                f"precision='int8' with encoder={self.encoder!r}: 8 bits are for stored features; choose bf16"
+            )
+        if self.precision == "int8" and (self.attend, self.rule) != ("kept", "exact"):
+            raise ConfigError(
+                f"precision='int8' with attend={self.attend!r} and rule={self.rule!r}: a second look at the contenders "
+                "is for attend='kept' with rule='exact'; choose bf16"
+            )
         if self.attend == "all" and self.rule != "exact":
             raise ConfigError(f"attend='all' with rule={self.rule!r}: only 'exact' looks at all patches; choose that")
         for name in ("in_chans", "width", "num_heads", "chunk"):
@@ -134,9 +146,10 @@ class RecognitionModel(nn.Module):
 
     def selector(self) -> PatchSelector:
         """The selector that the configuration describes, with the weights as they are now."""
-        config, dtype = self.config, _PRECISIONS[self.config.precision]
+        config = self.config
+        encoder, judge = _looks(self.encoder, config.precision)
         return PatchSelector(
-            self.encoder if dtype is None else fast_copy(self.encoder, dtype),
+            encoder,
             self.aggregator.attention,
             config.keep,
             rule=config.rule,
@@ -144,6 +157,7 @@ class RecognitionModel(nn.Module):
             position=self.place,
             shuffle=config.shuffle and self.training,
             workers=config.workers,
+            judge=judge,
         )
 
     def select(
@@ -266,7 +280,7 @@ class RecognitionModel(nn.Module):
         pixels = chosen.patches.to(device)
         if self.config.encoder != "features" or self.config.mean or not pixels.is_floating_point():
             pixels = as_float(pixels)  # stored features become float32 block by block
-        encode: Callable[[Tensor], Tensor] = self.encoder
+        encode: Encode = self.encoder
         x_TD = encode(pixels) if self.training else in_blocks(encode, pixels, block_rows(pixels))
         if self.place is not None and chosen.centres is not None:
             code: Tensor = in_blocks(self.place, chosen.centres.to(device), block_rows(pixels))
@@ -292,6 +306,15 @@ class RecognitionModel(nn.Module):
             raise no_model(folder, error) from None
         load_state(model, Path(folder) / WEIGHTS_FILE)
         return model
+
+
+def _looks(encoder: PatchEncoder, precision: str) -> tuple[Encode, Encode | None]:
+    """What looks at all patches of a bag, and what looks at the contenders again."""
+    if precision == "fp32":
+        return encoder, None
+    if precision == "int8":
+        return int8_copy(encoder), fast_copy(encoder)
+    return fast_copy(encoder, torch.bfloat16 if precision == "bf16" else torch.float32), None
 
 
 def build_recognition(config: RecognitionConfig) -> RecognitionModel:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from foveate.errors import ConfigError, FormatError, MissingExtraError, ShapeError
@@ -207,9 +207,16 @@ class FeatureProjector(nn.Module):
             raise ShapeError(
                 f"patches of {tuple(x.shape[1:])} for a model of {wanted} features; give features [N, {wanted}]"
             )
-        norm, linear, last, relu = self.layers
-        rows = [linear(norm(part.to(linear.weight.dtype))) for part in x.split(_FEATURE_ROWS)]
+        *_, last, relu = self.layers
+        rows = [self.mapped(part) for part in x.split(_FEATURE_ROWS)]
         out: Tensor = relu(last(rows[0] if len(rows) == 1 else torch.cat(rows)))
+        return out
+
+    def mapped(self, x: Shaped[Tensor, "R F"]) -> Float[Tensor, "R D"]:
+        """The first norm and the linear map."""
+        norm, linear, *_ = self.layers
+        assert isinstance(linear, nn.Linear)
+        out: Tensor = linear(norm(x.to(linear.weight.dtype)))
         return out
 
     def parts(self) -> list[nn.Module]:

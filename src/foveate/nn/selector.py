@@ -28,6 +28,8 @@ from foveate.nn.stream import Vectors, encoded_bags, evaluating, in_blocks
 RULES = ("exact", "buffered")
 _SCORED = 1024  # rows that are scored at a time where they are not scored in the blocks that encode them
 
+_CONTENDERS = 2  # times keep: how many a judge looks at
+
 
 class PatchSelector:
     """Chooses patches without gradient, in memory that does not grow with the bag but for its logits.
@@ -48,6 +50,8 @@ class PatchSelector:
         position: takes centres relative to the image ``[R, N]`` to codes ``[R, D]`` that are added before scoring.
         shuffle: whether the buffered rule sees the patches in random order; needs a generator.
         workers: threads that read ahead.
+        judge: a dearer and better encoder of the same patches. Twice ``keep`` contenders, chosen by ``encoder``, are
+            read and encoded again by it, and the choice among them is by the attention that it gives them.
 
     Raises:
         BudgetError: ``keep`` below 1.
@@ -68,6 +72,7 @@ class PatchSelector:
         position: Callable[[Tensor], Tensor] | None = None,
         shuffle: bool = False,
         workers: int = 0,
+        judge: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         check_keep(keep)
         if rule not in RULES or rank not in RANKS:
@@ -81,7 +86,9 @@ class PatchSelector:
             raise ConfigError("shuffle=True with rule='exact': the order changes nothing; choose rule='buffered'")
         self.encoder, self.scorer, self.keep = encoder, scorer, keep
         self.rule, self.rank, self.position = rule, rank, position
-        self.shuffle, self.workers = shuffle, workers
+        if judge is not None and rule == "buffered":
+            raise ConfigError("a judge with rule='buffered': the published rule looks once; choose rule='exact'")
+        self.shuffle, self.workers, self.judge = shuffle, workers, judge
 
     @torch.no_grad()
     def select(
@@ -106,10 +113,12 @@ class PatchSelector:
 
         Raises:
             BudgetError: ``chunk`` or ``keep`` below 1.
-            ConfigError: a shuffle without generator, or positions of a bag without boxes.
+            ConfigError: a shuffle without generator, positions of a bag without boxes, or a tally with a judge, who
+                does not see what is tallied.
             FormatError: a patch whose logits are not finite.
 
-        Cost: N encodes, one for all blank patches; ``4 * A * N`` bytes, and a chunk and its activations.
+        Cost: N encodes, one for all blank patches, and ``2 * keep`` by the judge where there is one; ``4 * A * N``
+        bytes, and a chunk and its activations.
         """
         source = TensorPatches(source) if isinstance(source, Tensor) else source
         return self.select_all([source], chunk, generator, keep=keep, shortcut=shortcut, tally=tally)[0]
@@ -133,9 +142,13 @@ class PatchSelector:
         keep = check_keep(self.keep if keep is None else keep)
         if chunk < 1:
             raise BudgetError(f"chunk={chunk} is below 1; 256 suits most machines")
+        if tally and self.judge is not None:
+            raise ConfigError(
+                "a tally with a judge: it would count vectors of the first look; choose a selector without"
+            )
         least = keep if shortcut and not tally else 0  # bags of so few patches are kept without a look
         some = [source for source in sources if len(source) > least]
-        with evaluating(self.encoder, self.scorer, self.position):
+        with evaluating(self.encoder, self.judge, self.scorer, self.position):
             if self.rule == "buffered":
                 found = iter([self._buffered(source, keep, chunk, generator) for source in some])
             else:
@@ -152,11 +165,34 @@ class PatchSelector:
     def _exact(self, sources: list[PatchSource], keep: int, chunk: int, tally: bool) -> Iterator[Selection]:
         every = torch.arange(max(map(len, sources), default=0))
         for group in [[source] for source in sources] if tally else [sources] if sources else []:
-            logits_RA, whole = self._look([(source, every[: len(source)]) for source in group], chunk, tally)
-            for logits_NA in logits_RA.split([len(source) for source in group]):
-                score_N = score_patches(logits_NA, min(keep, len(logits_NA)), self.rank)
-                index = top_positions(score_N, min(keep, len(logits_NA)))
-                yield Selection(index.cpu(), score_N[index].cpu(), len(logits_NA), logits_NA, whole)
+            among = [every[: len(source)] for source in group]
+            logits_RA, whole = self._look(self.encoder, list(zip(group, among, strict=True)), chunk, tally)
+            logits = logits_RA.split([len(source) for source in group])
+            if self.judge is not None:
+                among = self._judged(self.judge, group, logits, keep, chunk)
+            for logits_NA, some in zip(logits, among, strict=True):
+                num = min(keep, len(logits_NA))
+                score_N = score_patches(logits_NA, num, self.rank).cpu()
+                index = some[top_positions(score_N[some], num)]
+                yield Selection(index, score_N[index], len(logits_NA), logits_NA, whole)
+
+    def _judged(
+        self,
+        judge: Callable[[Tensor], Tensor],
+        sources: list[PatchSource],
+        logits: Sequence[Tensor],
+        keep: int,
+        chunk: int,
+    ) -> list[Tensor]:
+        """The contenders of every bag, ascending, whose logits are the judge's from here on."""
+        among = []
+        for logits_NA in logits:
+            many = min(_CONTENDERS * keep, len(logits_NA))
+            among.append(top_positions(score_patches(logits_NA, many, self.rank), many).cpu())
+        exact_RA, _ = self._look(judge, list(zip(sources, among, strict=True)), chunk, False)
+        for logits_NA, some, exact in zip(logits, among, exact_RA.split([len(some) for some in among]), strict=True):
+            logits_NA[some.to(logits_NA.device)] = exact
+        return among
 
     def _order(self, num_patches: int, generator: torch.Generator | None) -> Tensor:
         if not self.shuffle:
@@ -168,18 +204,24 @@ class PatchSelector:
     def look(
         self, source: PatchSource, index: Int64[Tensor, " R"], chunk: int, *, tally: bool = False
     ) -> tuple[Float[Tensor, "R A"], Tally | None]:
-        """Logits of some patches in the order of ``index`` (ascending), and their tally where asked for."""
-        return self._look([(source, index)], chunk, tally)
+        """Logits of some patches in the order of ``index`` (ascending), by the judge where there is one, and their
+        tally where asked for.
+        """
+        return self._look(self.judge or self.encoder, [(source, index)], chunk, tally)
 
     def _look(
-        self, bags: Sequence[tuple[PatchSource, Tensor]], chunk: int, tally: bool
+        self,
+        encoder: Callable[[Tensor], Tensor],
+        bags: Sequence[tuple[PatchSource, Tensor]],
+        chunk: int,
+        tally: bool,
     ) -> tuple[Float[Tensor, "R A"], Tally | None]:
         """Logits of all bags, one behind the other, and their tally where asked for."""
-        device, score = device_of(self.encoder, self.scorer), still_logits(self.scorer)
+        device, score = device_of(encoder, self.scorer), still_logits(self.scorer)
         index = torch.cat([index for _, index in bags])
         place = torch.cat([relative_centres(one)[some] for one, some in bags]) if self.position is not None else None
         apart = tally or place is not None  # otherwise no vector outlives its block
-        encode = self.encoder if apart else lambda x: score(self.encoder(x))
+        encode = encoder if apart else lambda x: score(encoder(x))
         logits_RA, whole = None, None
         for part in encoded_bags(encode, bags, chunk, device=device, workers=self.workers):
             for at, x_UD, row in self._placed(part, place):
@@ -223,4 +265,5 @@ class PatchSelector:
             position=self.position,
             shuffle=self.shuffle,
             workers=self.workers,
+            judge=self.judge,
         )
