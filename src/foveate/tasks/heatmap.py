@@ -26,7 +26,7 @@ from foveate.tasks.figures import BLUE, YELLOW, Picture, heat_overlay, painted, 
 from foveate.tasks.views import overview
 
 HEAT_NOTE = (
-    "attention against the mean patch: grey below a tenth, purple a quarter, green the mean, yellow tenfold and more"
+    "attention against the mean patch: grey below a tenth, purple a quarter, teal the mean, green twice, yellow tenfold"
 )
 TOP = 24
 """Patches of a gallery."""

@@ -239,14 +239,16 @@ class _Job:
             path = self.out / f"{_file_name(record['id'])}_heatmap.png"
             if path.exists():
                 pictures.append((f"{record['id']}: {_sentence(record['labels'])}", _read_picture(path)))
+        few = [f"Heatmaps of the first {_SHOWN} images."] if len(records) > _SHOWN else []
         Report(
             title=f"{model}, {len(records)} images",
             lead=f"Labels of {len(records)} images; {len(failed)} could not be read.",
             table=[
-                {"image": one["id"], **one["labels"], "patches": one["patches"], "s": one["seconds"]} for one in records
+                {"image": one["id"], **one["labels"], "patches": one["patches"], "seconds": one["seconds"]}
+                for one in records
             ],
             figures=pictures,
-            notes=[f"Pages show the first {_SHOWN} heatmaps.", *(f"Skipped {line}" for line in failed)],
+            notes=[*few, *(f"Skipped {line}" for line in failed)],
         ).save(self.out / PAGE)
         return [self.out / RECORDS, self.out / TABLE, self.out / PAGE]
 
