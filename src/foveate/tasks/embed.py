@@ -4,7 +4,6 @@ Legend: N patches, F features.
 """
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from foveate.tasks.config import load_as
 from foveate.tasks.items import Item
 from foveate.tasks.recognition_settings import RecognitionConfig, TableConfig
 from foveate.tasks.run import find_model
+from foveate.tasks.skipped import to_stderr
 from foveate.tasks.source import open_native
 from foveate.tasks.table import read_table
 from foveate.tasks.trained import SETTINGS
@@ -96,7 +96,7 @@ def embed(
         raise ConfigError(f"batch={batch} is below 1; give the number of patches that are read at a time")
     start, step = _shard(shard)
     given = {"mpp": None if mpp is None else float(mpp), "patch_size": patch_size, "stride": stride}
-    tell = warn or _to_stderr
+    tell = warn or to_stderr
     net, data = _encoder(encoder, weights, tell, {name: value for name, value in given.items() if value is not None})
     data = replace(data, root=str(Path(table).parent), table=Path(table).name, tissue=float(tissue), broken=broken)
     rows = read_table(data, labelled=False)[start::step]
@@ -298,7 +298,3 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _to_stderr(line: str) -> None:
-    sys.stderr.write(line + "\n")

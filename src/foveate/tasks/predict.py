@@ -1,6 +1,5 @@
 """Masks of files: one job for every input, all of its outputs or none."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -54,6 +53,7 @@ from foveate.tasks.precision import AUTO, resolve_precision
 from foveate.tasks.pruning import recorded_pruning
 from foveate.tasks.run import find_model
 from foveate.tasks.settings import PredictConfig
+from foveate.tasks.skipped import to_stderr
 from foveate.tasks.source import is_large, open_item, open_native, slide_patches, spacing_of, whole_box
 from foveate.tasks.values import normalise, value_range, with_channels
 
@@ -140,7 +140,7 @@ def predict(
     made = _changed(config.predict, window=window, keep_ratio=share, precision=precision)
     ran = resolve_precision(made.precision, next(network.parameters()).device)
     if made.precision == AUTO and ran == "bf16":
-        (warn or _to_stderr)("foveate: masks are made in bf16, for which this device is made; fp32: --precision fp32")
+        (warn or to_stderr)("foveate: masks are made in bf16, for which this device is made; fp32: --precision fp32")
     made = replace(made, precision=ran)
     recorded_pruning(network, made)
     config = replace(config, data=data, tree=_with_budget(config.tree, max_leaves), predict=made)
@@ -148,7 +148,7 @@ def predict(
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(Path(out), error) from None
-    job = _Job(network, config, digest_of(folder), Path(out), formats, extras, overwrite, resume, warn or _to_stderr)
+    job = _Job(network, config, digest_of(folder), Path(out), formats, extras, overwrite, resume, warn or to_stderr)
     written: list[Path] = []
     failed: list[str] = []
     for item in items:
@@ -282,7 +282,3 @@ def _changed(predict: PredictConfig, **given: Any) -> PredictConfig:
     """The settings with what was given; a window of 0 is none."""
     changes = {name: value for name, value in given.items() if value is not None}
     return replace(predict, **changes | ({"window": None} if given["window"] == 0 else {}))
-
-
-def _to_stderr(line: str) -> None:
-    sys.stderr.write(line + "\n")

@@ -3,7 +3,6 @@
 Legend: B bags, T chosen patches of a batch, K outputs of a task.
 """
 
-import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from foveate.errors import ConfigError, FormatError, MissingExtraError
+from foveate.errors import ConfigError, FormatError
 from foveate.geometry.patch_source import PatchSource
 from foveate.models.recognition import Chosen, RecognitionModel, join_patches
 from foveate.nn.detail_prior import DetailPrior
@@ -29,17 +28,14 @@ from foveate.tasks.bags import Bags, open_bag
 from foveate.tasks.class_metrics import main_score, score_task
 from foveate.tasks.config import save_config
 from foveate.tasks.fit import run_task
-from foveate.tasks.items import Item
 from foveate.tasks.loop import LoopResult, run_device
 from foveate.tasks.marks import CEILING, RECALL, marks_of, needle_recall
 from foveate.tasks.recognition_settings import RecognitionConfig
+from foveate.tasks.skipped import UNREADABLE, skipped_line, to_stderr
 from foveate.tasks.splits import split_rows
 from foveate.tasks.table import Row, read_table
 from foveate.tasks.targets import class_weights, encode, resolve_tasks, task_specs
 from foveate.tasks.trained import SETTINGS
-
-UNREADABLE = (FormatError, MissingExtraError, OSError, MemoryError)
-"""What one bad file raises; the others go on without it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,17 +241,6 @@ def join(parts: Sequence[Chosen]) -> Chosen | None:
         torch.cat(centres) if centres else None,
         tuple(one for part in parts for one in part.selections),
     )
-
-
-def skipped_line(item: Item, error: BaseException) -> str:
-    """Which image could not be used and why, in one line."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if str(item.image) in line else f"{item.image}: {line}"
-
-
-def to_stderr(line: str) -> None:
-    """Say a line where it does not mix with results."""
-    sys.stderr.write(line + "\n")
 
 
 def feature_width(model: RecognitionModel) -> int | None:

@@ -19,10 +19,11 @@ from foveate.tasks.figures import training_curves
 from foveate.tasks.items import SPLITS
 from foveate.tasks.marks import CEILING, RECALL, marks_of, needle_recall
 from foveate.tasks.recognise import label_of, load_recognition, recognise
-from foveate.tasks.recognition import UNREADABLE, feature_width, skipped_line, to_stderr
+from foveate.tasks.recognition import feature_width
 from foveate.tasks.recognition_settings import LabelSpec, RecognitionConfig
 from foveate.tasks.report import Report, format_cell
 from foveate.tasks.run import CONFIG, METRICS, read_metrics
+from foveate.tasks.skipped import UNREADABLE, skipped_line, to_stderr
 from foveate.tasks.splits import split_rows
 from foveate.tasks.table import read_table
 from foveate.tasks.targets import encode

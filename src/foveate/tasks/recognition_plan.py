@@ -11,8 +11,9 @@ from foveate.geometry.patch_source import PatchSource
 from foveate.tasks.bags import open_bag
 from foveate.tasks.items import SPLITS
 from foveate.tasks.plan_data import LIMIT
-from foveate.tasks.recognition import UNREADABLE, build_model, skipped_line
+from foveate.tasks.recognition import build_model
 from foveate.tasks.recognition_settings import RecognitionConfig
+from foveate.tasks.skipped import UNREADABLE, skipped_line
 from foveate.tasks.splits import split_rows
 from foveate.tasks.table import read_table
 from foveate.tasks.targets import parts_of, resolve_tasks

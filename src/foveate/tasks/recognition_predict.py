@@ -28,9 +28,10 @@ from foveate.tasks.inputs import find_inputs
 from foveate.tasks.items import Item
 from foveate.tasks.outputs import name_of, refuse_existing, refuse_kinds, refuse_own
 from foveate.tasks.recognise import Recognised, heat_of, label_of, load_recognition, recognise
-from foveate.tasks.recognition import feature_width, skipped_line, to_stderr
+from foveate.tasks.recognition import feature_width
 from foveate.tasks.recognition_settings import LabelSpec, TableConfig
 from foveate.tasks.report import Report
+from foveate.tasks.skipped import skipped_line, to_stderr
 from foveate.tasks.source import open_native
 from foveate.tasks.table import read_table
 
