@@ -11,7 +11,7 @@ from foveate.errors import ConfigError
 from foveate.nn.fast_copy import FastCopy, fast_copy
 from foveate.nn.patch_encoder import FeatureProjector, PatchEncoder
 
-_ROWS = 128  # that are normed at a time, so that they stay in the cache
+_ROWS = 512  # that are normed at a time
 
 
 class Int8Projector(FeatureProjector):
@@ -28,26 +28,33 @@ class Int8Projector(FeatureProjector):
     def __init__(self, net: FeatureProjector) -> None:
         nn.Module.__init__(self)
         norm, linear, *rest = net.layers
+        assert isinstance(norm, nn.LayerNorm)
         assert isinstance(linear, nn.Linear)
-        self.in_chans, self.width = net.in_chans, net.width
-        self.layers = nn.Sequential(norm, nn.Identity(), *rest)
+        self.in_chans, self.width, self.eps = net.in_chans, net.width, norm.eps
+        self.layers = nn.Sequential(*rest)
         weight_DF, scale_D1 = _in_bytes(linear.weight.clone())
         for name, value in (("weight_DF", weight_DF), ("scale_D", scale_D1[:, 0]), ("bias_D", linear.bias)):
             self.register_buffer(name, value)
 
     def mapped(self, x: Shaped[Tensor, "R F"]) -> Float[Tensor, "R D"]:
         """Norm and linear map of rows; a row that holds NaN or infinities gives NaN."""
-        parts = [_in_bytes(self.layers[0](part.float())) for part in x.split(_ROWS)]
-        rows_RF, scale_R1 = map(torch.cat, zip(*parts, strict=True))
-        product_RD = torch._int_mm(rows_RF, self.weight_DF.T)
-        return torch.addcmul(self.bias_D, product_RD * scale_R1, self.scale_D)
+        rows_RF, scale_R1 = map(torch.cat, zip(*map(self._normed, x.split(_ROWS)), strict=True))
+        product_RD = torch._int_mm(rows_RF, self.weight_DF.T).float()
+        return torch.addcmul(self.bias_D, product_RD.mul_(scale_R1), self.scale_D)
+
+    def _normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer norm gives, in bytes; its division becomes part of their scale."""
+        rows = x.float() - x.mean(1, keepdim=True, dtype=torch.float32)
+        square_R1 = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square() / self.in_chans
+        bytes_, scale_R1 = _in_bytes(rows)
+        return bytes_, scale_R1 / (square_R1 + self.eps).sqrt()
 
 
 def _in_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Every row as whole numbers from -127 to 127, and what one of them is worth in it; overwrites its argument."""
     most = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))
     scale = most.clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return rows.div_(scale).round_().to(torch.int8), scale
+    return rows.mul_(1 / scale).round_().to(torch.int8), scale
 
 
 @torch.no_grad()
