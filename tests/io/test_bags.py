@@ -1,5 +1,6 @@
 """Bags of features: what is written is read, a row costs a row, and what does not belong in a bag is refused."""
 
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -66,10 +67,20 @@ def test_parts_are_written_as_they_come(tmp_path: Path, bag: Path) -> None:
 
 def test_a_row_costs_a_row(bag: Path, monkeypatch) -> None:
     found, read = FeatureBag(bag), []
-    plain = DiskFile.read
-    monkeypatch.setattr(DiskFile, "read", lambda self, place, count: read.append(count) or plain(self, place, count))
+    plain = DiskFile.read_into
+    monkeypatch.setattr(
+        DiskFile, "read_into", lambda self, place, out: read.append(len(out)) or plain(self, place, out)
+    )
     assert torch.equal(found.read(torch.tensor([3, 4, 5, 39, 0])), features().half()[[3, 4, 5, 39, 0]])
     assert read == [3 * 14, 14, 14]
+
+
+def test_a_bag_that_loses_rows_while_it_is_open_says_so(bag: Path) -> None:
+    found = FeatureBag(bag)
+    found.read(torch.tensor([39]))
+    os.truncate(bag, bag.stat().st_size - 16)
+    with pytest.raises(FormatError, match=r"a.safetensors: damaged foveate features \(it ends before its last row\)"):
+        found.read(torch.tensor([39]))
 
 
 def test_a_bag_that_was_written_anew_is_opened_anew(bag: Path) -> None:

@@ -169,10 +169,13 @@ class TensorFile:
         row = stored.shape[1:]
         out = np.empty((len(index), *row), stored.kind)
         size = prod(row) * stored.kind.itemsize
+        if not out.size:
+            return out
+        file, held = self._file(), out.reshape(-1).view(np.uint8).data
         for run in np.split(np.arange(len(index)), np.flatnonzero(np.diff(index) != 1) + 1):
-            if len(run):
-                data = self._bytes_at(stored.place + int(index[run[0]]) * size, len(run) * size)
-                out[run[0] : run[-1] + 1] = np.frombuffer(data, stored.kind).reshape(len(run), *row)
+            part = held[int(run[0]) * size : (int(run[-1]) + 1) * size]
+            if file.read_into(stored.place + int(index[run[0]]) * size, part) < len(part):
+                raise self.damaged("it ends before its last row")
         return out
 
     def tensor(self, name: str, num_axes: int, kinds: str) -> Array:
@@ -181,6 +184,8 @@ class TensorFile:
         return self.rows(stored, np.arange(stored.shape[0]))
 
     def _bytes_at(self, place: int, count: int) -> bytes:
-        key = (str(self.path), self._stamp)
-        file: DiskFile = handle(key, lambda: DiskFile(self.path, self._stamp))
-        return file.read(place, count)
+        return self._file().read(place, count)
+
+    def _file(self) -> DiskFile:
+        file: DiskFile = handle((str(self.path), self._stamp), lambda: DiskFile(self.path, self._stamp))
+        return file

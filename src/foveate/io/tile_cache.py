@@ -122,6 +122,15 @@ class DiskFile:
             self._file.seek(offset)
             return self._file.read(count)
 
+    def read_into(self, offset: int, out: memoryview) -> int:
+        """Fills ``out`` with the bytes from ``offset`` on; returns how many there were before the file ended."""
+        done = 0
+        with self._lock:
+            self._file.seek(offset)
+            while count := self._file.readinto(out[done:]):  # some systems read no more than 2 GiB at a time
+                done += count
+        return done
+
 
 def check_unchanged(path: Path, stamp: Stamp) -> None:
     """Refuses a file that was written to since it was understood.
