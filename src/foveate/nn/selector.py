@@ -253,17 +253,3 @@ class PatchSelector:
             )
             for at, which in pieces
         ]
-
-    def with_encoder(self, encoder: Callable[[Tensor], Tensor]) -> "PatchSelector":
-        """The same selector with another encoder, such as a fast copy of its own."""
-        return PatchSelector(
-            encoder,
-            self.scorer,
-            self.keep,
-            rule=self.rule,
-            rank=self.rank,
-            position=self.position,
-            shuffle=self.shuffle,
-            workers=self.workers,
-            judge=self.judge,
-        )
