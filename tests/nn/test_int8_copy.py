@@ -112,6 +112,16 @@ def test_rows_without_deviation_are_the_bias_and_bad_rows_are_named() -> None:
             quick.select(x)
 
 
+@pytest.mark.parametrize("precision", ["folded", "bf16", "int8"])
+def test_halves_are_looked_at_as_they_are_stored(precision: str) -> None:
+    x = features("heavy", 300)
+    for settings in ({}, {"mean": (1.0,) * FEATURES, "std": (3.0,) * FEATURES}):
+        quick = model(precision=precision, **settings)
+        laws.same(values(quick.select(x)), values(quick.select(x.float())), "type of the features")
+        mixed = quick.selector().select_all([TensorPatches(x), TensorPatches(x.float())])
+        laws.same(values(mixed[0]), values(mixed[1]), "company")
+
+
 class Counting(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -137,6 +137,8 @@ class RecognitionModel(nn.Module):
             raise ConfigError(f"an encoder of width {encoder.width} for a model of {config.width}; build both alike")
         self.config = config
         self.encoder = encoder
+        if config.precision == "int8":
+            int8_copy(encoder)  # so that what it refuses is refused now
         attention = QueryAttention(
             config.width, config.num_heads, len(config.tasks), config.head_width, config.attention_dropout
         )

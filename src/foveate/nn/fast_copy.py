@@ -11,21 +11,21 @@ from foveate.nn.resnet import ResNet
 
 
 class FastCopy(nn.Module):
-    """Calls a network in another type and memory layout; takes and gives float32.
+    """Calls a network in another type and memory layout; takes floats of any kind and gives float32.
 
     Args:
         encoder: the copy.
-        dtype: what it computes in.
+        dtype: what it computes in; None: it takes what comes as it is.
     """
 
-    def __init__(self, encoder: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, encoder: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.encoder, self.dtype = encoder.to(dtype), dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """One vector per patch."""
         layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
-        out: Tensor = self.encoder(x.to(self.dtype, memory_format=layout))
+        out: Tensor = self.encoder(x if self.dtype is None else x.to(self.dtype, memory_format=layout))
         return out.float()
 
 

@@ -11,7 +11,7 @@ from foveate.errors import ConfigError
 from foveate.nn.fast_copy import FastCopy, fast_copy
 from foveate.nn.patch_encoder import FeatureProjector, PatchEncoder
 
-_ROWS = 512  # that are normed at a time
+_ROWS = 64  # that are floats at a time, so that they stay in the cache
 
 
 class Int8Projector(FeatureProjector):
@@ -26,35 +26,32 @@ class Int8Projector(FeatureProjector):
     bias_D: Tensor
 
     def __init__(self, net: FeatureProjector) -> None:
+        from foveate.nn import kernels_bytes  # noqa: F401 - compiled now, before there is anything to look at
+
         nn.Module.__init__(self)
         norm, linear, *rest = net.layers
         assert isinstance(norm, nn.LayerNorm)
         assert isinstance(linear, nn.Linear)
         self.in_chans, self.width, self.eps = net.in_chans, net.width, norm.eps
         self.layers = nn.Sequential(*rest)
-        weight_DF, scale_D1 = _in_bytes(linear.weight.clone())
-        for name, value in (("weight_DF", weight_DF), ("scale_D", scale_D1[:, 0]), ("bias_D", linear.bias)):
+        scale_D = linear.weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        weight_DF = (linear.weight / scale_D[:, None]).round_().to(torch.int8)
+        for name, value in (("weight_DF", weight_DF), ("scale_D", scale_D), ("bias_D", linear.bias)):
             self.register_buffer(name, value)
 
     def mapped(self, x: Shaped[Tensor, "R F"]) -> Float[Tensor, "R D"]:
         """Norm and linear map of rows; a row that holds NaN or infinities gives NaN."""
-        rows_RF, scale_R1 = map(torch.cat, zip(*map(self._normed, x.split(_ROWS)), strict=True))
-        product_RD = torch._int_mm(rows_RF, self.weight_DF.T).float()
-        return torch.addcmul(self.bias_D, product_RD.mul_(scale_R1), self.scale_D)
+        from foveate.nn import kernels_bytes as kernels
 
-    def _normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer norm gives, in bytes; its division becomes part of their scale."""
-        rows = x.float() - x.mean(1, keepdim=True, dtype=torch.float32)
-        square_R1 = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square() / self.in_chans
-        bytes_, scale_R1 = _in_bytes(rows)
-        return bytes_, scale_R1 / (square_R1 + self.eps).sqrt()
-
-
-def _in_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Every row as whole numbers from -127 to 127, and what one of them is worth in it; overwrites its argument."""
-    most = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))
-    scale = most.clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return rows.mul_(1 / scale).round_().to(torch.int8), scale
+        bytes_RF = torch.empty(x.shape, dtype=torch.int8)
+        scale_R = torch.empty(len(x))
+        for some, bytes_, scale in zip(x.split(_ROWS), bytes_RF.split(_ROWS), scale_R.split(_ROWS), strict=True):
+            kernels.rows_to_bytes(some.float().contiguous().numpy(), bytes_.numpy(), scale.numpy(), self.eps)
+        product_RD = torch._int_mm(bytes_RF, self.weight_DF.T)
+        out = torch.empty(product_RD.shape)
+        column, bias = self.scale_D.numpy(), self.bias_D.numpy()
+        kernels.products_to_floats(product_RD.numpy(), scale_R.numpy(), column, bias, out.numpy())
+        return out
 
 
 @torch.no_grad()
@@ -83,8 +80,8 @@ def int8_copy(encoder: nn.Module) -> FastCopy:
     device = next(net.parameters()).device
     if device.type != "cpu":
         raise ConfigError(f"precision='int8' on {device}: 8 bits are for the CPU; choose bf16")
-    fast = fast_copy(encoder)
+    fast, halves = fast_copy(encoder), not encoder._mean  # what is taken from features is taken in float32
     assert isinstance(fast.encoder, PatchEncoder)
     assert isinstance(fast.encoder.net, FeatureProjector)
     fast.encoder.net = Int8Projector(fast.encoder.net)
-    return fast.eval()
+    return FastCopy(fast.encoder, None if halves else torch.float32).eval()

@@ -12,6 +12,7 @@ from torch import Tensor
 from foveate.errors import BudgetError, ConfigError
 from foveate.geometry.patch_source import PatchSource, TensorPatches
 from foveate.nn.buffered import select_buffered
+from foveate.nn.fast_copy import FastCopy
 from foveate.nn.query_attention import Tally
 from foveate.nn.rank import RANKS, score_patches, top_positions
 from foveate.nn.selection import (
@@ -223,7 +224,8 @@ class PatchSelector:
         apart = tally or place is not None  # otherwise no vector outlives its block
         encode = encoder if apart else lambda x: score(encoder(x))
         logits_RA, whole = None, None
-        for part in encoded_bags(encode, bags, chunk, device=device, workers=self.workers):
+        halves = isinstance(encoder, FastCopy)
+        for part in encoded_bags(encode, bags, chunk, device=device, workers=self.workers, halves=halves):
             for at, x_UD, row in self._placed(part, place):
                 logits_UA = in_blocks(score, x_UD, _SCORED) if apart else x_UD
                 if logits_RA is None:

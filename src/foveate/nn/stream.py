@@ -100,6 +100,7 @@ def encoded_bags(
     *,
     device: torch.device,
     workers: int = 0,
+    halves: bool = False,
 ) -> Iterator[Vectors]:
     """Read and encode patches, in whatever order comes cheapest; every place comes out once.
 
@@ -113,10 +114,11 @@ def encoded_bags(
         chunk: patches read at a time.
         device: where they are encoded.
         workers: threads that read ahead; 0: read when needed.
+        halves: whether ``encode`` takes float16 as well.
 
     Cost: memory of ``(workers + 1) * chunk`` patches, and of one block inside the encoder.
     """
-    pending = _Pending(encode)
+    pending = _Pending(encode, halves)
     for part, pixels in _reads(_parts(bags, chunk), workers):
         pending.add(part.at, pixels.to(device), part.same)
         yield from pending.blocks(last=False)
@@ -166,8 +168,8 @@ def _reads(parts: Iterator[_Part], workers: int) -> Iterator[tuple[_Part, Tensor
 class _Pending:
     """Distinct patches that wait for their block, and the places that each stands for."""
 
-    def __init__(self, encode: Encode) -> None:
-        self._encode = encode
+    def __init__(self, encode: Encode, halves: bool) -> None:
+        self._encode, self._halves = encode, halves
         self._pixels: list[Tensor] = []
         self._num = 0  # rows of pixels that wait
         self._at: list[Tensor] = []
@@ -234,7 +236,8 @@ class _Pending:
         """Vectors of the first patches that wait, which are floats no sooner than here, and wait no longer."""
         parts = []
         while num:
-            parts.append(as_float(self._pixels[0][:num]))
+            part = self._pixels[0][:num]
+            parts.append(part if self._halves and part.is_floating_point() else as_float(part))
             num -= len(parts[-1])
             left = self._pixels[0][len(parts[-1]) :]
             self._pixels[:1] = [left] if len(left) else []
