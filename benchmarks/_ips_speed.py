@@ -122,8 +122,8 @@ def steps(side_of: int, batch: int, keep: int, turns: int, targets: tuple[float,
     filled = float((patches.flatten(2) > 0).any(2).double().mean())
     torch.manual_seed(0)
     ours = {
-        "float32": Ours(bags, labels, False, keep=keep, chunk=1024, precision="folded", norm="batch"),
-        "bfloat16": Ours(bags, labels, True, keep=keep, chunk=1024, precision="bf16", norm="batch"),
+        "float32": Ours(bags, labels, False, keep=keep, chunk=1024, precision="folded"),
+        "bfloat16": Ours(bags, labels, True, keep=keep, chunk=1024, precision="bf16"),
     }
     theirs = Published(data.published_model(keep, chunk, num), patches, labels)
     sides: dict[str, Ours | Published] = {"published": theirs, **ours}

@@ -35,25 +35,25 @@ published loop, plainly re-implemented (benchmarks/_published_ips.py): float32, 
 before the time begins, shuffled, the buffer topped up chunk by chunk. "memory": ResNet-18 cut behind two stages on
 drawn patches of 3 x 32^2, batch 2, keep 512, chunk 256, selection in bfloat16; and stored features (512 wide,
 float16), batch 4, keep 5000, chunk 4096. "steps": megapixel digits with the paper's network (width 128, 8 heads, 4
-tasks, patch 50, keep = chunk = 100, norms by batch), noise as dense as the paper's, ours reading its patches from the
-sparse image in the time that counts; blank patches, which the image tells, are encoded once; "float32": selection by
-a copy with folded norms, channels last; "bfloat16": that copy in bfloat16 and autocast in the passes with gradient;
-weights untrained. "features": {patches:,} patches of {width} stored features to 512, keep 5000, chunk 5000
-(published) and 1024 (ours, which chooses the same with any), one process for each; ours reads the file in the time
-that counts, the published rule before; "int8": a first look in 8 bits, and one in float32 at twice as many as are
-kept; drawn features, fresh weights: the logits lie close together, which is hard to rank. "all": attention over all
-patches with gradient, small CNN, patches of 3 x 16^2, keep 64. "batch": a training step on 16 bags of 250,000 patches
-of 2,048 features, keep 5000. "needles": foveate.testing.needles as flat pixels, keep 10, 1,600 bags to train and 200
-to test with, 12 epochs, batch 16, AdamW 1e-3, decay 0.1; every side with the same optimiser and order of data, norm,
-rank and schedule of ours as the library has them when nothing is said, selection by a copy with folded norms; the
-share chosen by detail was settled on five seeds of these test bags, with norms by batch, and the norm by group on
-other test bags; time: of all steps; curves are of a quarter of the test bags, but for their last epoch; the other
-patches are blank or straight lines, which have less ink than digits, so that half of what ours keeps at first, chosen
-by variance, are digits above chance; "no detail" does without; "batch norm": ours with the published norm, by an
-earlier commit, the looks in plain float32; "bent lines" have as much ink as digits, and some look like a 1 or a 4:
-each bag holds at most three classes of ten, so that what is never kept can be told from its absence, and the labels
-alone ask for a recall of 0.9. "digits": {digits}; learning rate a cosine over them, ours in bfloat16 and without
-schedule. Parts were measured at: {commits}.
+tasks, patch 50, keep = chunk = 100; norms by batch there, by group in ours, as the library has them), noise as dense
+as the paper's, ours reading its patches from the sparse image in the time that counts; blank patches, which the image
+tells, are encoded once; "float32": selection by a copy with folded norms, channels last; "bfloat16": that copy in
+bfloat16 and autocast in the passes with gradient; weights untrained. "features": {patches:,} patches of {width}
+stored features to 512, keep 5000, chunk 5000 (published) and 1024 (ours, which chooses the same with any), one
+process for each; ours reads the file in the time that counts, the published rule before; "int8": a first look in 8
+bits, and one in float32 at twice as many as are kept; drawn features, fresh weights: the logits lie close together,
+which is hard to rank. "all": attention over all patches with gradient, small CNN, patches of 3 x 16^2, keep 64.
+"batch": a training step on 16 bags of 250,000 patches of 2,048 features, keep 5000. "needles":
+foveate.testing.needles as flat pixels, keep 10, 1,600 bags to train and 200 to test with, 12 epochs, batch 16, AdamW
+1e-3, decay 0.1; every side with the same optimiser and order of data, norm, rank and schedule of ours as the library
+has them when nothing is said, selection by a copy with folded norms; the share chosen by detail was settled on five
+seeds of these test bags, with norms by batch, and the norm by group on other test bags; time: of all steps; curves
+are of a quarter of the test bags, but for their last epoch; the other patches are blank or straight lines, which have
+less ink than digits, so that half of what ours keeps at first, chosen by variance, are digits above chance; "no
+detail" does without; "batch norm": ours with the published norm, by an earlier commit, the looks in plain float32;
+"bent lines" have as much ink as digits, and some look like a 1 or a 4: each bag holds at most three classes of ten,
+so that what is never kept can be told from its absence, and the labels alone ask for a recall of 0.9. "digits":
+{digits}; learning rate a cosine over them, ours in bfloat16 and without schedule. Parts were measured at: {commits}.
 """
 
 

@@ -27,6 +27,7 @@ from foveate.nn.stream import as_float, block_rows, in_blocks
 from foveate.nn.warm_start import WarmStart
 
 Encode = Callable[[Tensor], Tensor]
+_LEARNED = 64  # patches that are trained on at a time
 _PRECISIONS = ("fp32", "folded", "bf16", "int8")
 
 
@@ -283,11 +284,18 @@ class RecognitionModel(nn.Module):
         if self.config.encoder != "features" or self.config.mean or not pixels.is_floating_point():
             pixels = as_float(pixels)  # stored features become float32 block by block
         encode: Encode = self.encoder
-        x_TD = encode(pixels) if self.training else in_blocks(encode, pixels, block_rows(pixels))
+        x_TD = self._learned(pixels) if self.training else in_blocks(encode, pixels, block_rows(pixels))
         if self.place is not None and chosen.centres is not None:
             code: Tensor = in_blocks(self.place, chosen.centres.to(device), block_rows(pixels))
             x_TD = x_TD + code.to(x_TD)
         return x_TD
+
+    def _learned(self, pixels: Tensor) -> Tensor:
+        """Vectors of patches that are trained on; on the CPU in parts that stay in its cache, if no vector depends on
+        other patches."""
+        whole = pixels.ndim == 2 or pixels.device.type != "cpu" or uses_batch_statistics(self.encoder)
+        parts = pixels.split(len(pixels) if whole else _LEARNED)
+        return torch.cat([self.encoder(part) for part in parts])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``, each aside first and then renamed."""
