@@ -22,6 +22,11 @@ class FastCopy(nn.Module):
         super().__init__()
         self.encoder, self.dtype = encoder.to(dtype), dtype
 
+    @property
+    def halves(self) -> bool:
+        """Whether stored halves are best given as they are."""
+        return self.dtype is None
+
     def forward(self, x: Tensor) -> Tensor:
         """One vector per patch."""
         layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format

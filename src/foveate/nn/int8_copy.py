@@ -33,7 +33,7 @@ class Int8Projector(FeatureProjector):
         assert isinstance(norm, nn.LayerNorm)
         assert isinstance(linear, nn.Linear)
         self.in_chans, self.width, self.eps = net.in_chans, net.width, norm.eps
-        self.layers = nn.Sequential(*rest)
+        self.layers = nn.Sequential(*rest[:-1], nn.ReLU(inplace=True))
         scale_D = linear.weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
         weight_DF = (linear.weight / scale_D[:, None]).round_().to(torch.int8)
         for name, value in (("weight_DF", weight_DF), ("scale_D", scale_D), ("bias_D", linear.bias)):
@@ -43,10 +43,11 @@ class Int8Projector(FeatureProjector):
         """Norm and linear map of rows; a row that holds NaN or infinities gives NaN."""
         from foveate.nn import kernels_bytes as kernels
 
-        bytes_RF = torch.empty(x.shape, dtype=torch.int8)
-        scale_R = torch.empty(len(x))
+        bytes_RF, scale_R = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+        floats = torch.empty(min(_ROWS, len(x)), x.shape[1])
         for some, bytes_, scale in zip(x.split(_ROWS), bytes_RF.split(_ROWS), scale_R.split(_ROWS), strict=True):
-            kernels.rows_to_bytes(some.float().contiguous().numpy(), bytes_.numpy(), scale.numpy(), self.eps)
+            part = floats[: len(some)].copy_(some)
+            kernels.rows_to_bytes(part.numpy(), bytes_.numpy(), scale.numpy(), self.eps)
         product_RD = torch._int_mm(bytes_RF, self.weight_DF.T)
         out = torch.empty(product_RD.shape)
         column, bias = self.scale_D.numpy(), self.bias_D.numpy()

@@ -38,9 +38,10 @@ def rows_to_bytes(rows, out, scale, eps):
         for f in range(width):
             apart[f] = rows[r, f] - mean
             square += apart[f] * apart[f]
-        greatest[0] = 0
+        most = np.int32(0)
         for f in range(width):  # without their sign, floats are ordered as their bits are
-            greatest[0] = max(greatest[0], bits[f] & np.int32(0x7FFFFFFF))
+            most = max(most, bits[f] & np.int32(0x7FFFFFFF))
+        greatest[0] = most
         worth = max(greatest.view(np.float32)[0], _LEAST) / _MOST
         inverse = np.float32(1) / worth
         for f in range(width):

@@ -224,7 +224,7 @@ class PatchSelector:
         apart = tally or place is not None  # otherwise no vector outlives its block
         encode = encoder if apart else lambda x: score(encoder(x))
         logits_RA, whole = None, None
-        halves = isinstance(encoder, FastCopy)
+        halves = isinstance(encoder, FastCopy) and encoder.halves
         for part in encoded_bags(encode, bags, chunk, device=device, workers=self.workers, halves=halves):
             for at, x_UD, row in self._placed(part, place):
                 logits_UA = in_blocks(score, x_UD, _SCORED) if apart else x_UD
