@@ -18,7 +18,7 @@ from foveate.nn.resnet import DEPTHS, ResNet
 from foveate.nn.weights import read_state
 
 NORMS = ("group", "batch")
-_FEATURE_ROWS = 4096  # normed at a time, so that there is no second copy of all features in float32
+_FEATURE_ROWS = 256  # normed at a time, so that what the norm gives stays in the cache
 _NAMES = ("cnn", "vit", *(f"resnet{depth}" for depth in DEPTHS), "features", "timm:NAME")
 
 
