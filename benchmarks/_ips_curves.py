@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLUMNS = (
     ("published-1000", "published rule\n1,000 patches"),
@@ -38,6 +39,7 @@ def draw_curves(found: Mapping[str, Mapping[str, Any]], path: Path) -> Path | No
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(color="0.9", linewidth=0.7)
             axis.set_ylim(0, 1.02)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[-1][column].set_xlabel("epoch", fontsize=9)
     FigureCanvasAgg(figure).print_png(str(path))
     return path
