@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import laws
+from counting import Counting
 from foveate.errors import ConfigError, FormatError, ShapeError
 from foveate.geometry.patch_source import TensorPatches
 from foveate.models import create_model
@@ -120,17 +121,6 @@ def test_halves_are_looked_at_as_they_are_stored(precision: str) -> None:
         laws.same(values(quick.select(x)), values(quick.select(x.float())), "type of the features")
         mixed = quick.selector().select_all([TensorPatches(x), TensorPatches(x.float())])
         laws.same(values(mixed[0]), values(mixed[1]), "company")
-
-
-class Counting(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.seen = net, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen += len(x)
-        out: Tensor = self.net(x)
-        return out
 
 
 def test_a_judge_sees_the_contenders_alone_and_small_bags_whole() -> None:

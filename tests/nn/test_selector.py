@@ -11,6 +11,7 @@ from plain_ips import plain_attention, plain_select
 from torch import Tensor, nn
 
 import laws
+from counting import Counting
 from foveate.errors import BudgetError, ConfigError, FormatError
 from foveate.geometry.patch_source import TensorPatches
 from foveate.nn.patch_encoder import PatchEncoder, create_patch_encoder
@@ -151,17 +152,6 @@ def test_equal_patches_are_chosen_by_position() -> None:
 
 
 # what is encoded, and how
-
-
-class Counting(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.seen = net, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen += len(x)
-        out: Tensor = self.net(x)
-        return out
 
 
 def test_blank_patches_are_encoded_once() -> None:
