@@ -64,6 +64,7 @@ WHY = {
     "ips.n10000.selection": ENCODES,
     "ips.n900.step": GRADIENT,
     "ips.n10000.step": ENCODES,
+    "ips.digits1500.": "neither has learned within that time, and both are at chance",
     "ips.features": "half of it and more is one product of matrices",
 }
 """Why a target is missed, by the beginning of the claim."""
