@@ -18,11 +18,11 @@ from foveate.models import create_model
 from foveate.models.recognition import RecognitionModel
 from foveate.nn.fast_copy import fast_copy
 from foveate.nn.heads import total_loss
+from foveate.nn.stream import block_rows
 from foveate.nn.warm_start import WarmStart
 
 Claims = list[dict[str, Any]]
 LR, DECAY = 1e-3, 0.1
-BLOCK = 32  # patches that our encoder takes at a time
 
 
 def equal(num: int, keep: int, seeds: int, every: int) -> Claims:
@@ -138,7 +138,9 @@ def steps(side_of: int, batch: int, keep: int, turns: int, targets: tuple[float,
             taken["step"][name].append(first + cpu_seconds(lambda: side.learn(chosen[0])))  # noqa: B023
     claims: Claims = []
     setting = f"N = {num} (side {side_of}, {filled:.0%} of the patches not blank), batch {batch}, keep {keep}"
-    least = round(filled * num * batch) * convolution_seconds(ours["bfloat16"].model, patches[0, :BLOCK])
+    least = round(filled * num * batch) * convolution_seconds(
+        ours["bfloat16"].model, patches[0, : block_rows(patches[0])]
+    )
     value = min(taken["selection"]["published"]) / least
     note = f"{setting}: {least:.3f} s for the convolutions of the patches that are not blank, nothing else, in bfloat16"
     title, against = f"ips.n{num}.selection.convolutions", "published loop, float32"
@@ -160,7 +162,7 @@ def convolution_seconds(model: RecognitionModel, patches: Tensor) -> float:
             part.register_forward_hook(lambda one, given, _: seen.append((one, given[0])))
     with torch.no_grad():
         copy(patches)
-        seconds = sum(min(cpu_seconds(lambda: one(given)) for _ in range(20)) for one, given in seen[:])  # noqa: B023
+        seconds = sum(min(cpu_seconds(lambda: one(given)) for _ in range(20)) for one, given in list(seen))  # noqa: B023
     return seconds / len(patches)
 
 

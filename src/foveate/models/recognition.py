@@ -18,7 +18,6 @@ from foveate.nn.aggregator import PLACES, Aggregator, PlaceCode
 from foveate.nn.detail_prior import DetailPrior
 from foveate.nn.fast_copy import fast_copy
 from foveate.nn.heads import Heads, TaskSpec, check_tasks
-from foveate.nn.int8_copy import int8_copy
 from foveate.nn.patch_encoder import PatchEncoder, create_patch_encoder, uses_batch_statistics
 from foveate.nn.query_attention import QueryAttention
 from foveate.nn.selection import Selection, check_keep, relative_centres
@@ -139,7 +138,7 @@ class RecognitionModel(nn.Module):
         self.config = config
         self.encoder = encoder
         if config.precision == "int8":
-            int8_copy(encoder)  # so that what it refuses is refused now
+            _looks(encoder, config.precision)  # what is refused is refused now, and kernels are compiled now
         attention = QueryAttention(
             config.width, config.num_heads, len(config.tasks), config.head_width, config.attention_dropout
         )
@@ -323,6 +322,8 @@ def _looks(encoder: PatchEncoder, precision: str) -> tuple[Encode, Encode | None
     if precision == "fp32":
         return encoder, None
     if precision == "int8":
+        from foveate.nn.int8_copy import int8_copy  # which compiles kernels
+
         return int8_copy(encoder), fast_copy(encoder)
     return fast_copy(encoder, torch.bfloat16 if precision == "bf16" else torch.float32), None
 

@@ -1,5 +1,7 @@
 """A copy of a projector of stored features that multiplies bytes, for a first look at bags of many patches.
 
+Its kernels are compiled when this is imported, so import it where it is used.
+
 Legend: R patches, F features, D width.
 """
 
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from foveate.errors import ConfigError
 from foveate.nn.fast_copy import FastCopy, fast_copy
+from foveate.nn.kernels_bytes import products_to_floats, rows_to_bytes
 from foveate.nn.patch_encoder import FeatureProjector, PatchEncoder
 
 _ROWS = 64  # that are floats at a time, so that they stay in the cache
@@ -26,8 +29,6 @@ class Int8Projector(FeatureProjector):
     bias_D: Tensor
 
     def __init__(self, net: FeatureProjector) -> None:
-        from foveate.nn import kernels_bytes  # noqa: F401 - compiled now, before there is anything to look at
-
         nn.Module.__init__(self)
         norm, linear, *rest = net.layers
         assert isinstance(norm, nn.LayerNorm)
@@ -41,17 +42,15 @@ class Int8Projector(FeatureProjector):
 
     def mapped(self, x: Shaped[Tensor, "R F"]) -> Float[Tensor, "R D"]:
         """Norm and linear map of rows; a row that holds NaN or infinities gives NaN."""
-        from foveate.nn import kernels_bytes as kernels
-
         bytes_RF, scale_R = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
         floats = torch.empty(min(_ROWS, len(x)), x.shape[1])
         for some, bytes_, scale in zip(x.split(_ROWS), bytes_RF.split(_ROWS), scale_R.split(_ROWS), strict=True):
             part = floats[: len(some)].copy_(some)
-            kernels.rows_to_bytes(part.numpy(), bytes_.numpy(), scale.numpy(), self.eps)
+            rows_to_bytes(part.numpy(), bytes_.numpy(), scale.numpy(), self.eps)
         product_RD = torch._int_mm(bytes_RF, self.weight_DF.T)
         out = torch.empty(product_RD.shape)
         column, bias = self.scale_D.numpy(), self.bias_D.numpy()
-        kernels.products_to_floats(product_RD.numpy(), scale_R.numpy(), column, bias, out.numpy())
+        products_to_floats(product_RD.numpy(), scale_R.numpy(), column, bias, out.numpy())
         return out
 
 

@@ -109,9 +109,8 @@ def check_finite(logits_UA: Float[Tensor, "U A"], at: Int64[Tensor, " R"], row: 
     Raises:
         FormatError: NaN or infinite.
     """
-    if not bool(logits_UA.sum().isfinite()) and not bool(
-        logits_UA.isfinite().all()
-    ):  # a sum is quick, but may overflow
+    # the sum is quick and tells nearly always, but may overflow
+    if not bool(logits_UA.sum().isfinite()) and not bool(logits_UA.isfinite().all()):
         bad = (~logits_UA.isfinite()).any(1)
         first = int(at[bad[row].cpu()].min())
         raise FormatError(

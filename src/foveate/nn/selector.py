@@ -28,7 +28,6 @@ from foveate.nn.stream import Vectors, encoded_bags, evaluating, in_blocks
 
 RULES = ("exact", "buffered")
 _SCORED = 1024  # rows that are scored at a time where they are not scored in the blocks that encode them
-
 _CONTENDERS = 2  # times keep: how many a judge looks at
 
 
@@ -166,16 +165,19 @@ class PatchSelector:
     def _exact(self, sources: list[PatchSource], keep: int, chunk: int, tally: bool) -> Iterator[Selection]:
         every = torch.arange(max(map(len, sources), default=0))
         for group in [[source] for source in sources] if tally else [sources] if sources else []:
-            among = [every[: len(source)] for source in group]
-            logits_RA, whole = self._look(self.encoder, list(zip(group, among, strict=True)), chunk, tally)
+            bags = [(source, every[: len(source)]) for source in group]
+            logits_RA, whole = self._look(self.encoder, bags, chunk, tally)
             logits = logits_RA.split([len(source) for source in group])
-            if self.judge is not None:
-                among = self._judged(self.judge, group, logits, keep, chunk)
-            for logits_NA, some in zip(logits, among, strict=True):
+            among = None if self.judge is None else self._judged(self.judge, group, logits, keep, chunk)
+            for place, logits_NA in enumerate(logits):
                 num = min(keep, len(logits_NA))
-                score_N = score_patches(logits_NA, num, self.rank).cpu()
-                index = some[top_positions(score_N[some], num)]
-                yield Selection(index, score_N[index], len(logits_NA), logits_NA, whole)
+                score_N = score_patches(logits_NA, num, self.rank)
+                if among is None:
+                    index = top_positions(score_N, num)
+                else:
+                    some = among[place].to(score_N.device)
+                    index = some[top_positions(score_N[some], num)]
+                yield Selection(index.cpu(), score_N[index].cpu(), len(logits_NA), logits_NA, whole)
 
     def _judged(
         self,
